@@ -1,0 +1,70 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` the tests.
+# PYTHON is the interpreter that the virtual environment is made from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -type f)
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-all lint bench sanitize clean
+
+help:
+	@echo "make demo      distil a digit classifier without data and write build/demo/"
+	@echo "make test      run the tests"
+	@echo "make test-all  run the tests and the long checks: three seeds of the demo, installs in clean environments"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make bench     time every op against eager PyTorch and torch.compile, and write build/bench/"
+	@echo "make sanitize  run the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+
+# What is installed once: PyTorch and what builds and tests use.
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	@echo "== creating $(VENV) and installing PyTorch, the build tools and the test tools"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r constraints.txt
+	touch $@
+
+# The package, in place: only compiled again when its C++ sources change.
+$(VENV)/.build: $(VENV)/.dependencies setup.py $(CSRC)
+	@echo "== compiling kdkernels (KDKERNELS_BUILD=$${KDKERNELS_BUILD:-auto})"
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/.build
+	@echo "== distilling a digit classifier without data: about 2 minutes, results in build/demo/"
+	$(BIN)/python -m kdkernels demo
+
+test: $(VENV)/.build
+	@echo "== running the tests"
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.build
+	@echo "== running the tests and the long checks"
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dependencies
+	@echo "== ruff, mypy, clang-format"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+bench: $(VENV)/.build
+	@echo "== timing every op against eager PyTorch and torch.compile: some minutes, results in build/bench/"
+	$(BIN)/python bench/report.py
+
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.dependencies
+	@echo "== building the kernels under ASan and UBSan, and running their tests"
+	cmake -S . -B $(SANITIZED) -G Ninja -DKDKERNELS_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build $(SANITIZED)
+	cd kdkernels && find . -name '*.py' -exec cp --parents {} ../$(SANITIZED)/package/kdkernels/ \;
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/package \
+	$(BIN)/python -m pytest -q -m "not slow" -k "not compile and not inductor and not export and not opcheck and not demo" \
+		$(wildcard python_tests/test_*divergence.py python_tests/test_*stats.py python_tests/test_*variation.py \
+		python_tests/test_*reversal.py python_tests/test_math.py)
+
+clean:
+	rm -rf build $(VENV)/.build kdkernels/*.so

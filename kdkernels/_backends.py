@@ -1,0 +1,186 @@
+"""Ops and the backends that compute them.
+
+An op is defined once, by :func:`define`: its schema, its fake implementation and its autograd formula. Each backend
+is an overload of it, ``torch.ops.kdkernels.<op>.<backend>``. A public function picks the overload; the autograd
+formula calls the overload of the same backend, whatever the choice is by the time of the backward.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+
+from kdkernels import _loader
+
+Backend = Literal["auto", "native", "triton", "reference"]
+BACKENDS = ("native", "triton", "reference")
+
+_library = torch.library.Library("kdkernels", "DEF")
+_ops: dict[str, "Op"] = {}
+_requested: str = "auto"
+_debug: bool = False
+
+
+class Op:
+    """An op with an overload for each backend."""
+
+    def __init__(self, name: str, backends: tuple[str, ...]) -> None:
+        self.name = name
+        packet = getattr(torch.ops.kdkernels, name)
+        self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in backends}
+
+    def choose(self, device: torch.device) -> Any:
+        """Return the overload that computes on a device, after :func:`set_backend` and what is available there."""
+        for backend in BACKENDS:
+            if _requested in ("auto", backend) and self.available(backend, device.type):
+                return self.overloads[backend]
+        raise RuntimeError(
+            f"the backend {_requested!r} was requested, but {self.name} cannot take it on {device}: "
+            f"{self.why_not(_requested, device.type)}. set_backend('auto') takes the best that is there."
+        )
+
+    def available(self, backend: str, device_type: str) -> bool:
+        """Tell whether a backend has this op for a kind of device."""
+        if backend == "reference":
+            return True
+        return backend in self.overloads and (self.name, backend, device_type) in _kernels
+
+    def why_not(self, backend: str, device_type: str) -> str:
+        """Say why a backend is not available."""
+        if backend == "native":
+            reason = _loader.why_missing(device_type)
+            return reason or f"kdkernels has no native kernel of {self.name} for devices of type {device_type!r}"
+        if backend == "triton":
+            return f"kdkernels has no Triton kernel of {self.name} for devices of type {device_type!r}"
+        return f"there is no backend called {backend!r}"
+
+
+_kernels: set[tuple[str, str, str]] = set()
+
+
+def find_kernels() -> None:
+    """Note for which devices each overload has a kernel; called once the libraries are loaded."""
+    for op in _ops.values():
+        for backend in op.overloads:
+            for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{op.name}.{backend}", key):
+                    _kernels.add((op.name, backend, device_type))
+
+
+def define(
+    name: str,
+    signature: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Op:
+    """Define an op for every backend.
+
+    Args:
+        name: of the op.
+        signature: of the op, without the name: ``(Tensor input) -> Tensor``.
+        reference: computes the op in PyTorch on any device.
+        fake: computes shapes and dtypes of the results from fake tensors and checks the arguments' shapes.
+        setup_context: saves what the backward needs; ``ctx.backend`` is set before.
+        backward: the autograd formula; it finds the backend of the forward in ``ctx.backend``.
+
+    """
+    for backend in ("native", "reference"):
+        qualified = f"kdkernels::{name}.{backend}"
+        _library.define(f"{name}.{backend}{signature}")
+        torch.library.register_fake(qualified, fake, lib=_library)
+        if backward is not None:
+            torch.library.register_autograd(
+                qualified, backward, setup_context=_with_backend(backend, setup_context), lib=_library
+            )
+    _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+    op = Op(name, ("native", "reference"))
+    _ops[name] = op
+    return op
+
+
+def _with_backend(backend: str, setup_context: Callable[..., None] | None) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return setup
+
+
+def _checked(backend: str) -> str:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; accepted are {', '.join(map(repr, get_args(Backend)))}")
+    return backend
+
+
+class set_backend:  # noqa: N801  (used like torch.set_grad_enabled)
+    """Choose the backend of all ops, for the process or inside a ``with`` block.
+
+    Args:
+        backend: ``"auto"`` takes the first of native, triton and reference that has the op for the device at hand.
+            ``"native"`` (C++ on the CPU, CUDA C++ on a GPU), ``"triton"`` and ``"reference"`` (pure PyTorch, any
+            device) never fall back: where the backend does not have an op, calling it raises ``RuntimeError`` with
+            the reason. The initial choice is the environment variable ``KDKERNELS_BACKEND``, else ``"auto"``.
+
+    The choice is the process's, not the thread's. A backward pass uses the backend of its forward.
+
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        global _requested
+        self._previous = _requested
+        _requested = _checked(backend)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def get_backend() -> str:
+    """Return the requested backend, ``"auto"`` unless set otherwise."""
+    return _requested
+
+
+def set_debug(enabled: bool) -> None:
+    """Check tensor values on GPUs too, at the price of a synchronisation in every call.
+
+    A label out of range or a temperature tensor that is not positive raises on the CPU. On a GPU the loss is NaN
+    instead, unless this is switched on.
+    """
+    global _debug
+    _debug = bool(enabled)
+
+
+def values_are_visible(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor's values may be read here without making the host wait for a device."""
+    return tensor.device.type == "cpu" or _debug
+
+
+def explain(device_type: str) -> dict[str, tuple[str, str]]:
+    """Return, for each op, the backend it takes on a kind of device and the reason."""
+    result = {}
+    for name, op in _ops.items():
+        if name.endswith("_backward"):
+            continue
+        try:
+            chosen = op.choose(torch.device(device_type))._overloadname
+        except RuntimeError as error:
+            result[name] = ("none", str(error))
+            continue
+        better = BACKENDS[: BACKENDS.index(chosen)] if _requested == "auto" else ()
+        reason = "; ".join(f"not {b}: {op.why_not(b, device_type)}" for b in better)
+        if _requested != "auto":
+            reason = "requested"
+        result[name] = (chosen, reason or "the first choice")
+    return result
+
+
+_requested = _checked(os.environ.get("KDKERNELS_BACKEND", "auto"))

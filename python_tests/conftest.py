@@ -1,0 +1,62 @@
+"""Fixtures of all tests, and the report of the cases in which eager PyTorch is more accurate."""
+
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", "build", "inductor"))
+
+import pytest
+import torch
+from contract import ACCURACY, OpContract
+from hypothesis import settings
+
+import kdkernels
+
+settings.register_profile("kdkernels", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("kdkernels")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Fixed seed, and NaN in every tensor that a kernel leaves unwritten."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    with kdkernels.set_backend("auto"):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    """Run a test on each backend of this machine."""
+    with kdkernels.set_backend(request.param):
+        yield request.param
+
+
+def pytest_generate_tests(metafunc):
+    """Run the contract's tests on the cases of the class."""
+    cls = metafunc.cls
+    if cls is None or not issubclass(cls, OpContract):
+        return
+    if "case" in metafunc.fixturenames:
+        params = [(dtype, case) for dtype in cls.dtypes for case in cls.cases(dtype)]
+        ids = [f"{str(dtype).removeprefix('torch.')}: {case.name}" for dtype, case in params]
+        metafunc.parametrize("case", [case for _, case in params], ids=ids)
+    if "call" in metafunc.fixturenames:
+        calls = cls.calls()
+        metafunc.parametrize("call", calls, ids=[call.name for call in calls])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """List the cases where eager PyTorch is closer to the float64 reference than the kernels."""
+    if not ACCURACY:
+        return
+    better = [row for row in ACCURACY if row.ours > row.eager]
+    terminalreporter.section("accuracy")
+    terminalreporter.write_line(
+        f"largest error in units in the last place, against float64: {len(ACCURACY)} results; "
+        f"eager PyTorch is more accurate in {len(better)}, each within the bound of 4 units:"
+    )
+    for row in sorted(better, key=lambda row: row.eager - row.ours)[:60]:
+        terminalreporter.write_line(f"  {row.name}: kernels {row.ours:.2f}, eager {row.eager:.2f}")
+    if len(better) > 60:
+        terminalreporter.write_line(f"  and {len(better) - 60} more by less")

@@ -1,0 +1,152 @@
+"""Builds the compiled halves of kdkernels.
+
+``KDKERNELS_BUILD`` decides what is built:
+
+- ``auto`` (default): the CPU kernels; the CUDA kernels too where nvcc is found and its major version is that of
+  torch's CUDA. Where it is not, one printed line says why.
+- ``cpu``: the CPU kernels only.
+- ``cuda``: both, or an error that says what is missing.
+- ``none``: nothing; the package then computes with its pure PyTorch reference.
+
+Metadata is in pyproject.toml.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11: one build serves it and every later version
+DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+MEMORY_OF_A_JOB = 2 << 30  # a kernel file takes about 1 GB to compile
+MODES = ("auto", "cpu", "cuda", "none")
+
+
+def say(message: str) -> None:
+    print(f"kdkernels: {message}", file=sys.stderr, flush=True)
+
+
+def build_mode() -> str:
+    mode = os.environ.get("KDKERNELS_BUILD", "auto")
+    if mode not in MODES:
+        raise SystemExit(f"kdkernels: KDKERNELS_BUILD is {mode!r}; accepted are {', '.join(MODES)}")
+    return mode
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def find_nvcc() -> tuple[str, str] | None:
+    """The path of nvcc and its version, or None."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+    nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return None
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+\.\d+)", output)
+    return (nvcc, found.group(1)) if found else None
+
+
+def find_cuda_home(nvcc: str) -> Path | None:
+    """The folder whose include/ has cuda_runtime.h: nvcc on PATH may be a wrapper script somewhere else."""
+    output = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, check=False, input="")
+    tops = re.findall(r"_HERE_=(\S+)|TOP=(\S+)", output.stderr)
+    candidates = [Path(here or top) for here, top in tops]
+    candidates += [path.parent for path in list(candidates)]
+    candidates += [Path(value) for value in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if value]
+    candidates += [Path(nvcc).resolve().parents[1], Path("/usr/local/cuda")]
+    return next((c.resolve() for c in candidates if (c / "include" / "cuda_runtime.h").is_file()), None)
+
+
+def why_no_cuda(torch_cuda: str | None) -> str | None:
+    """Why the CUDA kernels cannot be built here, or None when they can."""
+    found = find_nvcc()
+    if found is None:
+        return f"no nvcc found (PATH, CUDA_HOME); torch was built for CUDA {torch_cuda}"
+    nvcc, version = found
+    if torch_cuda is None:
+        return f"nvcc is {version} ({nvcc}), but this torch was built without CUDA (torch.version.cuda is None)"
+    if version.split(".")[0] != torch_cuda.split(".")[0]:
+        return f"nvcc is {version} ({nvcc}), but torch was built for CUDA {torch_cuda}: the major versions differ"
+    if find_cuda_home(nvcc) is None:
+        return f"nvcc is {version} ({nvcc}), but no folder with include/cuda_runtime.h was found; set CUDA_HOME"
+    if not sources("csrc/cuda/*.cu"):
+        return f"nvcc is {version} and torch was built for CUDA {torch_cuda}, but this version has no CUDA kernels"
+    return None
+
+
+def bound_jobs() -> None:
+    """One compile job a processor, fewer where memory is short, unless MAX_JOBS says otherwise."""
+    if "MAX_JOBS" in os.environ or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["MAX_JOBS"] = str(max(1, min(processors, memory // MEMORY_OF_A_JOB)))
+
+
+def extensions(mode: str) -> tuple[list, dict]:
+    try:
+        import pybind11
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise SystemExit(
+            f"kdkernels: building needs {error.name}, which is not installed. Either install it first and build with "
+            "`pip install --no-build-isolation .`, or set KDKERNELS_BUILD=none for the pure PyTorch package."
+        ) from error
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise SystemExit(
+            f"kdkernels: no C++ compiler: {compiler!r} was not found. Install one (Debian, Ubuntu: apt install g++; "
+            "macOS: xcode-select --install), name one in CXX, or set KDKERNELS_BUILD=none for the pure PyTorch "
+            "package, which is slower."
+        )
+    # nvcc must be looked for before torch settles on a CUDA home of its own.
+    missing = "KDKERNELS_BUILD=cpu" if mode == "cpu" else why_no_cuda(torch.version.cuda)
+    if mode == "cuda" and missing is not None:
+        raise SystemExit(f"kdkernels: KDKERNELS_BUILD=cuda, but {missing}")
+    say("building the CPU kernels" + (f"; no CUDA kernels: {missing}" if missing else " and the CUDA kernels"))
+    bound_jobs()
+    define = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    flags = ["/O2"] if sys.platform == "win32" else ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
+    modules = [
+        cpp_extension.CppExtension(
+            "kdkernels._C",
+            sources("csrc/module.cpp", "csrc/cpu/*.cpp", "csrc/cpu/kernels/*.cpp"),
+            include_dirs=[pybind11.get_include()],
+            define_macros=define,
+            extra_compile_args=flags,
+        )
+    ]
+    if missing is None:
+        cpp_extension.CUDA_HOME = str(find_cuda_home(find_nvcc()[0]))
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+        modules.append(
+            cpp_extension.CUDAExtension(
+                "kdkernels._cuda",
+                sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
+                define_macros=[*define, ("USE_CUDA", None)],
+                extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+            )
+        )
+    return modules, {"build_ext": cpp_extension.BuildExtension}
+
+
+if __name__ == "__main__":
+    mode = build_mode()
+    # Only commands that compile need a compiler: not sdist, not metadata.
+    compiles = any(command.startswith(("build", "bdist", "install", "develop", "editable")) for command in sys.argv[1:])
+    if mode == "none" or not compiles:
+        if compiles:
+            say("KDKERNELS_BUILD=none: nothing is compiled, ops use the pure PyTorch reference")
+        setup()
+    else:
+        ext_modules, cmdclass = extensions(mode)
+        setup(ext_modules=ext_modules, cmdclass=cmdclass)
