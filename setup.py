@@ -115,7 +115,11 @@ def extensions(mode: str) -> tuple[list, dict]:
     say("building the CPU kernels" + (f"; no CUDA kernels: {missing}" if missing else " and the CUDA kernels"))
     bound_jobs()
     define = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
-    flags = ["/O2"] if sys.platform == "win32" else ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
+    flags = (
+        ["/O2"]
+        if sys.platform == "win32"
+        else ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-fno-math-errno", "-g0"]
+    )
     modules = [
         cpp_extension.CppExtension(
             "kdkernels._C",

@@ -1,12 +1,28 @@
 """Modules of the functions in :mod:`kdkernels.functional`; ``repr`` shows what they compute."""
 
+from typing import Literal
+
+import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 
 from kdkernels import functional
+from kdkernels.ops import total_variation as _total_variation
+from kdkernels.ops.batch_norm_stats import Mode, Moment
 from kdkernels.ops.softmax_divergence import Divergence, Reduction
 
-__all__ = ["DistillationLoss", "JSDivWithLogitsLoss", "KDLoss", "KLDivWithLogitsLoss"]
+__all__ = [
+    "BatchNormStatLoss",
+    "DistillationLoss",
+    "GradientReversal",
+    "GradientReversalLinear",
+    "ImagePriorLoss",
+    "JSDivWithLogitsLoss",
+    "KDLoss",
+    "KLDivWithLogitsLoss",
+    "TotalVariationLoss",
+    "WarmStartGradientReversal",
+]
 
 
 class KLDivWithLogitsLoss(Module):
@@ -142,3 +158,166 @@ DistillationLoss = KDLoss
 
 def _dim(dim: int | None) -> str:
     return "" if dim is None else f", dim={dim}"
+
+
+class BatchNormStatLoss(Module):
+    """Module of :func:`kdkernels.functional.batch_norm_stat_loss`.
+
+    Call it with an activation, a running mean and a running variance.
+    """
+
+    def __init__(self, *, mode: Mode = "l2", moment: Moment = "var", unbiased: bool = False) -> None:
+        super().__init__()
+        self.mode: Mode = mode
+        self.moment: Moment = moment
+        self.unbiased = unbiased
+
+    def forward(self, input: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+        """Return the distance of the activation's statistics from the running ones."""
+        return functional.batch_norm_stat_loss(
+            input, running_mean, running_var, mode=self.mode, moment=self.moment, unbiased=self.unbiased
+        )
+
+    def extra_repr(self) -> str:
+        """Say which distance it is."""
+        spread = {"var": "var", "std": "std"}[self.moment]
+        formula = {
+            "l2": f"||mean - running_mean|| + ||{spread} - running_{spread}||",
+            "squared": f"mean over channels of (mean - running_mean)^2 + ({spread} - running_{spread})^2",
+            "gaussian_kl": "mean over channels of the Gaussian KL",
+        }[self.mode]
+        return f"{formula}, unbiased={self.unbiased}"
+
+
+class TotalVariationLoss(Module):
+    """Module of :func:`kdkernels.functional.total_variation`; call it with images."""
+
+    def __init__(
+        self,
+        reduction: _total_variation.Reduction = "sum",
+        *,
+        norm_type: _total_variation.NormType = "l1",
+        directions: Literal[1, 2, 4] = 2,
+        eps: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.reduction: _total_variation.Reduction = reduction
+        self.norm_type: _total_variation.NormType = norm_type
+        self.directions: Literal[1, 2, 4] = directions
+        self.eps = eps
+
+    def forward(self, img: Tensor) -> Tensor:
+        """Return the total variation of the images."""
+        return functional.total_variation(
+            img, self.reduction, norm_type=self.norm_type, directions=self.directions, eps=self.eps
+        )
+
+    def extra_repr(self) -> str:
+        """Say which total variation it is."""
+        formula = {
+            "l1": "sum |d|",
+            "l2": "sqrt(sum d^2)",
+            "l2_squared": "sum d^2",
+            "isotropic": f"sum sqrt(dx^2 + dy^2 + {self.eps})",
+        }[self.norm_type]
+        return f"{formula}, directions={self.directions}, reduction={self.reduction!r}"
+
+
+class ImagePriorLoss(Module):
+    """The weighted sum of :func:`kdkernels.functional.image_prior_losses`; call it with images [B, C, H, W]."""
+
+    def __init__(self, *, tv_l1: float = 0.0, tv_l2: float = 1e-4, l2: float = 0.0) -> None:
+        super().__init__()
+        self.tv_l1 = tv_l1
+        self.tv_l2 = tv_l2
+        self.l2 = l2
+
+    def forward(self, img: Tensor) -> Tensor:
+        """Return the weighted image priors; a term of weight 0 takes no part."""
+        terms = zip((self.tv_l1, self.tv_l2, self.l2), functional.image_prior_losses(img), strict=True)
+        weighted = [weight * term for weight, term in terms if weight != 0]
+        return torch.stack(weighted).sum() if weighted else img.sum() * 0.0
+
+    def extra_repr(self) -> str:
+        """Say what is weighted how."""
+        return f"{self.tv_l1} * TV_l1 + {self.tv_l2} * TV_l2 + {self.l2} * L2"
+
+
+class GradientReversal(Module):
+    """Module of :func:`kdkernels.functional.gradient_reversal`; the coefficient is a buffer, kept in checkpoints."""
+
+    lambd: Tensor
+
+    def __init__(self, lambd: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("lambd", torch.tensor(float(lambd)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input; its gradient will be reversed."""
+        return functional.gradient_reversal(input, self.lambd)
+
+    def extra_repr(self) -> str:
+        """Say what the gradient is multiplied by."""
+        return f"backward: -{float(self.lambd):g} * grad"
+
+
+class WarmStartGradientReversal(Module):
+    r"""Gradient reversal whose coefficient grows with training.
+
+    .. math:: \lambda_i = lo + (hi - lo)\left(\frac{2}{1 + e^{-\gamma p}} - 1\right), \qquad p = \min(i / N, 1)
+
+    after i calls of :meth:`step` out of N = ``max_iters``; the counter is a buffer, kept in checkpoints. Source: Ganin
+    et al., arXiv 1505.07818, which has gamma = 10.
+    """
+
+    iteration: Tensor
+
+    def __init__(self, gamma: float = 10.0, lo: float = 0.0, hi: float = 1.0, max_iters: int = 1000) -> None:
+        super().__init__()
+        if max_iters < 1:
+            raise ValueError(f"max_iters is {max_iters}; expected a positive number of steps")
+        self.gamma = gamma
+        self.lo = lo
+        self.hi = hi
+        self.max_iters = max_iters
+        self.register_buffer("iteration", torch.zeros(()))
+
+    @property
+    def lambd(self) -> Tensor:
+        """The coefficient at this point of training, a 0-dim tensor."""
+        progress = (self.iteration / self.max_iters).clamp(max=1.0)
+        return self.lo + (self.hi - self.lo) * torch.tanh(self.gamma / 2 * progress)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input; its gradient will be reversed."""
+        return functional.gradient_reversal(input, self.lambd)
+
+    def step(self) -> None:
+        """Go on by one training step."""
+        self.iteration += 1
+
+    def extra_repr(self) -> str:
+        """Say how the coefficient grows."""
+        return f"lambda from {self.lo} to {self.hi}, gamma={self.gamma}, max_iters={self.max_iters}"
+
+
+class GradientReversalLinear(Linear):
+    """A linear layer on a reversed gradient, the reversal folded into the backward's matrix product.
+
+    Takes the arguments of :class:`torch.nn.Linear`, and the coefficient, which is a buffer. See
+    :func:`kdkernels.functional.gradient_reversal_linear`.
+    """
+
+    lambd: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, lambd: float = 1.0) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("lambd", torch.tensor(float(lambd)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output; the gradient of the input will be reversed."""
+        return functional.gradient_reversal_linear(input, self.weight, self.bias, self.lambd)
+
+    def extra_repr(self) -> str:
+        """Say what the gradient is multiplied by."""
+        return f"{super().extra_repr()}, backward: -{float(self.lambd):g} * grad"

@@ -173,4 +173,41 @@ KDKERNELS_INLINE Scalar<V> max_lanes(V vector) {
   return reduce_lanes(vector, [](auto a, auto b) { return math::maximum(a, b); });
 }
 
+// A sum of vectors that is exact to well beyond their own precision: in double for float, compensated for double
+template <class V>
+struct ExactSum {
+  static constexpr bool is_float = sizeof(Scalar<V>) == 4;
+  static constexpr int parts = is_float && lanes<V> > 1 ? 2 : 1;
+  using Part = std::conditional_t<lanes<V> == 1, double, Vector<double, int(sizeof(V))>>;
+  Part sums[parts] = {}, errors[parts] = {};
+
+  KDKERNELS_INLINE void add(V values) {
+    if constexpr (parts == 2) {
+      Vector<float, int(sizeof(V)) / 2> halves[2];
+      memcpy(halves, &values, sizeof(values));
+      sums[0] = sums[0] + convert<Part>(halves[0]);
+      sums[1] = sums[1] + convert<Part>(halves[1]);
+    } else if constexpr (is_float) {
+      sums[0] = sums[0] + convert<Part>(values);
+    } else {
+      const Part total = sums[0] + values, added = total - sums[0];
+      errors[0] = errors[0] + ((sums[0] - (total - added)) + (values - added));
+      sums[0] = total;
+    }
+  }
+  KDKERNELS_INLINE long double lane_sum(int i) const {
+    return static_cast<long double>(lane(sums[i / lanes<Part>], i % lanes<Part>)) +
+           lane(errors[i / lanes<Part>], i % lanes<Part>);
+  }
+  KDKERNELS_INLINE long double total() const {
+    if constexpr (is_float) {
+      return sum_lanes(parts == 2 ? sums[0] + sums[parts - 1] : sums[0]);
+    } else {
+      long double sum = 0;
+      for (int i = 0; i < lanes<V>; ++i) sum += lane_sum(i);
+      return sum;
+    }
+  }
+};
+
 }  // namespace kdkernels::cpu

@@ -2,6 +2,7 @@
 // code for one CUDA thread (V = float) and for the lanes of a CPU vector register (V = 16 floats).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -73,9 +74,31 @@ KDKERNELS_INLINE V minimum(V a, V b) {
   return select(a < b, a, b);
 }
 
+// All bits but the sign
+template <class V>
+inline constexpr auto magnitude_bits =
+    std::numeric_limits<std::conditional_t<sizeof(Scalar<V>) == 4, int32_t, int64_t>>::max();
+
 template <class V>
 KDKERNELS_INLINE V absolute(V a) {
-  return select(a < Scalar<V>(0), -a, a);
+  return bit_cast<V>(Bits<V>(bit_cast<Bits<V>>(a) & magnitude_bits<V>));
+}
+
+// a, with its sign flipped where b is negative
+template <class V>
+KDKERNELS_INLINE V flip_sign(V a, V b) {
+  return bit_cast<V>(Bits<V>(bit_cast<Bits<V>>(a) ^ (bit_cast<Bits<V>>(b) & ~magnitude_bits<V>)));
+}
+
+template <class V>
+KDKERNELS_INLINE V square_root(V x) {
+  if constexpr (lanes<V> == 1) {
+    return std::sqrt(x);
+  } else {
+    V root{};
+    for (int i = 0; i < lanes<V>; ++i) reinterpret_cast<Scalar<V>*>(&root)[i] = std::sqrt(x[i]);
+    return root;
+  }
 }
 
 template <class V>

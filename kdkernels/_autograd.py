@@ -1,0 +1,29 @@
+"""Second derivatives by way of the reference: a backward op is differentiated through its PyTorch form."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def pull_back(
+    gradient: Callable[..., Tensor], optional: Sequence[Tensor | None], required: Tensor, cotangent: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the cotangents of a gradient's arguments, None for those that were not given.
+
+    Args:
+        gradient: called with the optional arguments, None where they are, and the required one.
+        optional: incoming gradients, some of which may be None.
+        required: the tensor whose gradient it is.
+        cotangent: of the result.
+
+    """
+    given = [tensor for tensor in optional if tensor is not None]
+
+    def of_given(*primals: Tensor) -> Tensor:
+        rest = iter(primals[:-1])
+        return gradient(*(None if tensor is None else next(rest) for tensor in optional), primals[-1])
+
+    *by_given, by_required = torch.func.vjp(of_given, *given, required)[1](cotangent)
+    found = iter(by_given)
+    return (*(None if tensor is None else next(found) for tensor in optional), by_required)

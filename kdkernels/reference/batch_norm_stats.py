@@ -1,0 +1,144 @@
+"""Batch-norm statistics and their distance from the running statistics, written to be read."""
+
+import torch
+from torch import Tensor
+
+EPS = 1e-8  # added to both variances of "gaussian_kl"
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """Return float64 for float64, else float32: 16-bit numbers are never computed with."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def values_per_channel(input: Tensor) -> int:
+    """Return the number of values that a channel's statistics are taken over."""
+    count: int = input.shape[0]
+    for size in input.shape[2:]:
+        count *= size
+    return count
+
+
+def _by_channel(statistic: Tensor, input: Tensor) -> Tensor:
+    return statistic.view(-1, *[1] * (input.dim() - 2))
+
+
+def _reduced(input: Tensor) -> list[int]:
+    return [0, *range(2, input.dim())]
+
+
+def stats(input: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean and the variance of each channel, and what rounding left of the mean."""
+    x = input.to(compute_dtype(input))
+    mean = x.mean(_reduced(input))
+    distance = x - _by_channel(mean, input)
+    squares = distance.square().sum(_reduced(input))
+    return mean, squares / (values_per_channel(input) - unbiased), distance.mean(_reduced(input))
+
+
+def tap_gradient(
+    grad_output: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, input: Tensor, unbiased: bool
+) -> Tensor:
+    """Return grad_output + grad_mean / n + 2 grad_var (x - mean) / n as a differentiable expression."""
+    count = values_per_channel(input)
+    x = input.to(compute_dtype(input))
+    gradient = torch.zeros_like(x) if grad_output is None else grad_output.to(x.dtype)
+    if grad_mean is not None:
+        gradient = gradient + _by_channel(grad_mean, input) / count
+    if grad_var is not None:
+        mean = x.mean(_reduced(input), keepdim=True).squeeze(0)
+        gradient = gradient + 2 / (count - unbiased) * _by_channel(grad_var, input) * (x - mean)
+    return gradient.to(input.dtype)
+
+
+def tap_backward(
+    grad_output: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    input: Tensor,
+    mean: Tensor,
+    mean_error: Tensor,
+    unbiased: bool,
+) -> Tensor:
+    """Return :func:`tap_gradient`, laid out as the input."""
+    gradient = tap_gradient(grad_output, grad_mean, grad_var, input, unbiased)
+    return torch.empty_like(input).copy_(gradient)
+
+
+def _root(variance: Tensor) -> Tensor:
+    """Return the square root, with gradient 0 at 0."""
+    zero = variance == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, variance).sqrt())
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Return the Euclidean norm, with gradient 0 at 0."""
+    return _root(x.square().sum())
+
+
+def _distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, mode: str, moment: str) -> Tensor:
+    """Return the distance of one layer's statistics from its running statistics."""
+    means = mean - running_mean
+    if mode == "gaussian_kl":
+        v, r = var + EPS, running_var + EPS
+        return ((v / r).log() + (r - v + means.square()) / v).mean() / 2
+    if moment == "std":
+        var, running_var = _root(var), _root(running_var)
+    spreads = var - running_var
+    if mode == "squared":
+        return (means.square() + spreads.square()).mean()
+    return _norm(means) + _norm(spreads)
+
+
+def distances(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    channels: list[int],
+    mode: str,
+    moment: str,
+) -> Tensor:
+    """Return the distance of each layer; the layers' channels lie one after another in the tensors."""
+    if not channels:
+        return mean.new_zeros(0)
+    m, v, running_m, running_v = (s.split(channels) for s in (mean, var, running_mean, running_var))
+    layers = zip(m, v, running_m, running_v, strict=True)
+    return torch.stack([_distance(*layer, mode=mode, moment=moment) for layer in layers])
+
+
+def distances_backward(
+    grad_losses: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    channels: list[int],
+    mode: str,
+    moment: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of :func:`distances` by its four tensors, as differentiable expressions."""
+    grad = torch.cat([g.expand(n) for g, n in zip(grad_losses, channels, strict=True)] or [mean.new_zeros(0)])
+    size = torch.cat([mean.new_full((n,), n) for n in channels] or [mean.new_zeros(0)])
+
+    def by_layer(values: Tensor) -> Tensor:
+        norms = [_norm(v).expand(len(v)) for v in values.split(channels)]
+        return torch.cat(norms or [values])
+
+    def unit(values: Tensor) -> Tensor:
+        norm = by_layer(values)
+        return torch.where(norm == 0, 0.0, values / torch.where(norm == 0, 1.0, norm))
+
+    means = mean - running_mean
+    if mode == "gaussian_kl":
+        v, r = var + EPS, running_var + EPS
+        by_mean = means / v / size
+        by_var, by_running_var = (v - r - means.square()) / (2 * v * v * size), (r - v) / (2 * v * r * size)
+        return grad * by_mean, grad * by_var, -grad * by_mean, grad * by_running_var
+    slope, running_slope = torch.ones_like(var), torch.ones_like(var)
+    if moment == "std":
+        var, running_var = _root(var), _root(running_var)
+        slope, running_slope = (torch.where(s == 0, 0.0, 0.5 / torch.where(s == 0, 1.0, s)) for s in (var, running_var))
+    spreads = var - running_var
+    by_mean, by_spread = (2 * x / size if mode == "squared" else unit(x) for x in (means, spreads))
+    return grad * by_mean, grad * by_spread * slope, -grad * by_mean, -grad * by_spread * running_slope
