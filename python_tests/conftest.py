@@ -10,6 +10,7 @@ from contract import ACCURACY, OpContract
 from hypothesis import settings
 
 import kdkernels
+from kdkernels.data import load_digits
 
 settings.register_profile("kdkernels", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("kdkernels")
@@ -30,6 +31,14 @@ def backend(request):
     """Run a test on each backend of this machine."""
     with kdkernels.set_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def digits_teacher():
+    """A network trained on the digits; tests must leave it as it is."""
+    from kdkernels.demo import DemoSettings, train_teacher
+
+    return train_teacher(DemoSettings(), *load_digits().train, seed=0)
 
 
 def pytest_generate_tests(metafunc):

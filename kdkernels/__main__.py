@@ -1,0 +1,7 @@
+"""``python -m kdkernels``."""
+
+import sys
+
+from kdkernels.cli import main
+
+sys.exit(main())

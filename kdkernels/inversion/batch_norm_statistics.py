@@ -1,0 +1,169 @@
+"""The statistics of every BatchNorm layer of a network during a forward, and their distance from the running ones."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels.functional import batch_norm_tap
+from kdkernels.ops.batch_norm_stats import Mode, Moment, stat_distances
+
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class frozen:  # noqa: N801  (used like torch.no_grad)
+    """Hold a network in eval mode, its parameters without gradient; give both back as they were.
+
+    Gradients still flow through the network to its input.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> nn.Module:
+        self._training = [(module, module.training) for module in self.model.modules()]
+        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        return self.model
+
+    def __exit__(self, *exception: object) -> None:
+        for module, training in self._training:
+            module.training = training
+        for parameter, requires_grad in self._requires_grad:
+            parameter.requires_grad_(requires_grad)
+
+
+class BatchNormStatistics:
+    r"""Context manager that watches the inputs of all BatchNorm layers of a network.
+
+    Inside, the network is in eval mode and its parameters are frozen; every BatchNorm1d, 2d, 3d and SyncBatchNorm
+    layer reports the mean and the variance of its input, read in one pass whose backward is fused into the network's
+    (:func:`kdkernels.functional.batch_norm_tap`). :meth:`loss` adds up their distances from the running statistics:
+
+    .. math:: R = \sum_l w_l \bigl(\lVert \mu_l - m_l \rVert_2 + \lVert v_l - r_l \rVert_2\bigr)
+
+    for ``mode="l2"``; see :func:`kdkernels.functional.batch_norm_stat_loss` for the others. Afterwards the network is
+    what it was before, bit for bit: modes, gradients, buffers.
+
+    Args:
+        model: a network with BatchNorm layers that keep running statistics.
+        mode: ``"l2"``, ``"squared"`` or ``"gaussian_kl"``.
+        moment: compare ``"var"`` or ``"std"``.
+        unbiased: divide by n - 1 in the batch variance.
+
+    Attributes:
+        layers: names of the layers, in the order of ``model.modules()``, which is that of the weights.
+
+    Raises:
+        ValueError: the model has no BatchNorm layer, or one without running statistics.
+
+    Example::
+
+        with BatchNormStatistics(teacher) as statistics:
+            logits = teacher(images)
+            (cross_entropy(logits, labels) + 10 * statistics.loss()).backward()
+
+    """
+
+    def __init__(self, model: nn.Module, *, mode: Mode = "l2", moment: Moment = "var", unbiased: bool = False) -> None:
+        self.model = model
+        self.mode: Mode = mode
+        self.moment: Moment = moment
+        self.unbiased = unbiased
+        named = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORM)]
+        if not named:
+            raise ValueError(
+                f"{type(model).__name__} has no BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm layer, so there "
+                "are no statistics to compare with"
+            )
+        without = [name for name, module in named if module.running_mean is None]
+        if without:
+            raise ValueError(f"these layers keep no running statistics (track_running_stats=False): {without}")
+        self.layers = [name for name, _ in named]
+        self._modules = [module for _, module in named]
+        self._records: list[tuple[int, Tensor, Tensor]] = []
+        self._running: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._frozen = frozen(model)
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise RuntimeError("these statistics are being collected already; make a second BatchNormStatistics")
+        self._frozen.__enter__()
+        self._handles = [self.model.register_forward_pre_hook(self._start, prepend=True)]
+        for index, module in enumerate(self._modules):
+            self._handles.append(module.register_forward_pre_hook(self._tap_of(index)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._records = []
+        self._running = {}
+        self._frozen.__exit__()
+
+    def _start(self, module: nn.Module, arguments: Any) -> None:
+        self._records = []
+
+    def _tap_of(self, index: int) -> Any:
+        def tap(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            activation, mean, var = batch_norm_tap(arguments[0], unbiased=self.unbiased)
+            self._records.append((index, mean, var))
+            return (activation, *arguments[1:])
+
+        return tap
+
+    def _running_statistics(self, order: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return the running statistics of the layers that ran, joined; the model is frozen, so once is enough."""
+        if order not in self._running:
+            modules = [self._modules[index] for index in order]
+            means, variances = [m.running_mean for m in modules], [m.running_var for m in modules]
+            self._running[order] = torch.cat(means), torch.cat(variances)  # type: ignore[arg-type]
+        return self._running[order]
+
+    def losses(self) -> Tensor:
+        """Return the distance of each layer, in the order in which they ran in the latest forward.
+
+        Raises:
+            RuntimeError: there was no forward inside the ``with`` block.
+
+        """
+        if not self._records:
+            raise RuntimeError("no BatchNorm layer has run yet: call the model inside the with block first")
+        order, means, variances = zip(*self._records, strict=True)
+        running_mean, running_var = self._running_statistics(order)
+        return stat_distances(
+            torch.cat(means),
+            torch.cat(variances),
+            running_mean,
+            running_var,
+            [len(mean) for mean in means],
+            mode=self.mode,
+            moment=self.moment,
+        )
+
+    def loss(self, weights: Sequence[float] | None = None) -> Tensor:
+        """Return the weighted sum over the layers of the latest forward; a layer that ran twice counts twice.
+
+        Args:
+            weights: one for each of :attr:`layers`; all 1 by default.
+
+        Raises:
+            RuntimeError: there was no forward inside the ``with`` block.
+            ValueError: not one weight a layer.
+
+        """
+        losses = self.losses()
+        if weights is None:
+            return losses.sum()
+        if len(weights) != len(self.layers):
+            raise ValueError(f"weights has {len(weights)} values; expected one for each of {len(self.layers)} layers")
+        chosen = torch.tensor([float(weights[index]) for index, _, _ in self._records], dtype=losses.dtype)
+        return (losses * chosen.to(losses.device)).sum()

@@ -1,0 +1,202 @@
+"""The settings of DeepInversion, and the published ones as presets."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
+
+from kdkernels.ops.batch_norm_stats import Mode, Moment
+
+Compete = Literal["js", "nvlabs", "datafree"]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a synthesis with an optimizer of its own.
+
+    Attributes:
+        iterations: optimizer steps.
+        pool: the network sees the images average-pooled by this factor; jitter is divided by it.
+
+    """
+
+    iterations: int
+    pool: int = 1
+
+
+@dataclass(frozen=True)
+class InversionConfig:
+    r"""What DeepInversion minimizes, and how.
+
+    .. math:: w_{ce}\,\mathrm{CE} + w_{tv1}\,\mathrm{TV}_{l1} + w_{tv2}\,\mathrm{TV}_{l2} + w_f R + w_{l2}\,\mathrm{L2}
+              + w_c R_c
+
+    with the priors of :func:`kdkernels.functional.image_prior_losses`, the feature term R of
+    :class:`BatchNormStatistics`, and the competition term R_c against a student. A term of weight 0 takes no part.
+
+    Attributes:
+        stages: parts of the synthesis, in order.
+        batch_size: images optimized together; the norms of TV_l2, and of L2 over the batch, depend on it.
+        learning_rate: of Adam.
+        betas: of Adam.
+        schedule: ``"constant"``, or ``"warmup_cosine"``: in each stage 100 steps of linear warm-up, then a cosine to 0.
+        ce_weight: of the teacher's cross-entropy.
+        feature_weight: of the BatchNorm term.
+        first_layer_weight: of the first BatchNorm layer (in the order of ``modules()``) inside that term, others 1.
+        mode: how the BatchNorm term measures.
+        moment: what it compares.
+        tv_l1: weight of the total variation in the l1 norm.
+        tv_l2: weight of the total variation in the l2 norm.
+        l2: weight of the images' size.
+        l2_norm: ``"image"``, the mean of the images' norms, or ``"batch"``, the norm of the batch.
+        prior_of: whether the priors look at the ``"augmented"`` images or at the ``"plain"`` ones.
+        compete_weight: of the competition term; it takes part only where a student is given.
+        compete: its form, at temperature 3, J being the published clamped divergence: ``"js"``, 1 - JS exactly;
+            ``"nvlabs"``, 1 - clamp(J, 0, 1); ``"datafree"``, -J.
+        jitter: the batch is rolled by up to so many pixels, up or down and left or right, once an iteration.
+        flip: probability of flipping the whole batch.
+        clip: keep every channel in the range of real pixels; needs ``mean`` and ``std``.
+        keep: the images of the ``"last"`` iteration, or of the ``"best"`` loss in the last stage.
+        mean: of each channel, of the normalization that the teacher was trained with.
+        std: likewise.
+        source: where the values come from.
+
+    """
+
+    stages: tuple[Stage, ...] = (Stage(2000),)
+    batch_size: int = 256
+    learning_rate: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "warmup_cosine"] = "constant"
+    ce_weight: float = 1.0
+    feature_weight: float = 10.0
+    first_layer_weight: float = 1.0
+    mode: Mode = "l2"
+    moment: Moment = "var"
+    tv_l1: float = 0.0
+    tv_l2: float = 0.0
+    l2: float = 0.0
+    l2_norm: Literal["image", "batch"] = "image"
+    prior_of: Literal["augmented", "plain"] = "augmented"
+    compete_weight: float = 0.0
+    compete: Compete = "js"
+    jitter: int = 0
+    flip: float = 0.0
+    clip: bool = False
+    keep: Literal["last", "best"] = "last"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.stages or any(stage.iterations < 1 or stage.pool < 1 for stage in self.stages):
+            raise ValueError(f"stages is {self.stages!r}; expected one at least, with positive iterations and pool")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a positive number")
+        if self.jitter < 0:
+            raise ValueError(f"jitter is {self.jitter!r}; expected a number of pixels, 0 for none")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip!r}; expected a probability")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give both mean and std, or neither")
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Return a published setting by its name, one of :data:`PRESETS`.
+
+        Raises:
+            ValueError: there is no preset of that name.
+
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[name]  # type: ignore[return-value]
+
+    def with_iterations(self, iterations: int) -> Self:
+        """Return the same settings with so many iterations in all, shared out over the stages as before."""
+        total = sum(stage.iterations for stage in self.stages)
+        shares = [max(1, round(stage.iterations * iterations / total)) for stage in self.stages]
+        return replace(
+            self, stages=tuple(replace(stage, iterations=n) for stage, n in zip(self.stages, shares, strict=True))
+        )
+
+
+_IMAGENET = InversionConfig(
+    stages=(Stage(2000),),
+    batch_size=64,
+    learning_rate=0.2,
+    betas=(0.5, 0.9),
+    schedule="warmup_cosine",
+    feature_weight=0.05,
+    first_layer_weight=10.0,
+    tv_l2=1e-4,
+    l2=1e-5,
+    compete="nvlabs",
+    jitter=30,
+    clip=True,
+    keep="best",
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    source="NVlabs/DeepInversion, imagenet_inversion.py",
+)
+_IMAGENET_README = replace(
+    _IMAGENET,
+    batch_size=84,
+    learning_rate=0.25,
+    feature_weight=0.01,
+    compete_weight=0.2,
+    flip=0.5,
+    source="NVlabs/DeepInversion, README",
+)
+_TWO_STAGES = (Stage(2000, pool=2), Stage(1000))
+_LONG = {"stages": (Stage(20000),), "learning_rate": 0.2, "betas": (0.9, 0.999), "clip": False}
+_CIFAR = InversionConfig(
+    stages=(Stage(2000),),
+    batch_size=256,
+    learning_rate=0.1,
+    feature_weight=100.0,
+    tv_l2=2.5e-5,
+    l2_norm="batch",
+    compete="nvlabs",
+    jitter=2,
+    source="NVlabs/DeepInversion, deepinversion_cifar10.py",
+)
+
+PRESETS: dict[str, InversionConfig] = {
+    "nvlabs-imagenet-0": replace(_IMAGENET, stages=_TWO_STAGES),
+    "nvlabs-imagenet-1": _IMAGENET,
+    "nvlabs-imagenet-2": replace(_IMAGENET, **_LONG),  # type: ignore[arg-type]
+    "nvlabs-imagenet-0-readme": replace(_IMAGENET_README, stages=_TWO_STAGES),
+    "nvlabs-imagenet-1-readme": _IMAGENET_README,
+    "nvlabs-imagenet-2-readme": replace(_IMAGENET_README, **_LONG),  # type: ignore[arg-type]
+    "nvlabs-cifar10": _CIFAR,
+    "nvlabs-cifar10-readme": replace(
+        _CIFAR, feature_weight=10.0, tv_l2=1e-3, source="NVlabs/DeepInversion, README, its better coefficients"
+    ),
+    "datafree-deepinv": InversionConfig(
+        stages=(Stage(1000),),
+        batch_size=256,
+        learning_rate=0.1,
+        betas=(0.5, 0.99),
+        feature_weight=10.0,
+        tv_l1=1e-3,
+        l2_norm="batch",
+        prior_of="plain",
+        compete_weight=1.0,
+        compete="datafree",
+        jitter=4,  # an eighth of 32 pixels
+        flip=0.5,
+        clip=True,
+        source="zju-vipa/DataFree, deepinv",
+    ),
+    "digits": InversionConfig(
+        stages=(Stage(200),),
+        batch_size=256,
+        learning_rate=0.1,
+        betas=(0.5, 0.9),
+        feature_weight=10.0,
+        tv_l2=1e-3,
+        l2=1e-3,
+        jitter=1,
+        source="kdkernels, chosen on the validation part of the digits",
+    ),
+}

@@ -1,0 +1,355 @@
+"""DeepInversion: the statistics of a network, the objective, the synthesis."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kdkernels.functional import batch_norm_stats, js_div_with_logits
+from kdkernels.inversion import PRESETS, BatchNormStatistics, DeepInversion, InversionConfig, Stage
+from kdkernels.inversion.deep_inversion import learning_rate_at
+from kdkernels.models import SmallCNN
+
+F64 = torch.float64
+
+
+def trained_like(model, seed=0):
+    """The model with running statistics and scales that are not those of a new one."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
+class Ranks(nn.Module):
+    """Batch normalization of three ranks, one of the layers used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.volume = nn.BatchNorm3d(3)
+        self.image = nn.BatchNorm2d(3)
+        self.vector = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        x = self.volume(x[:, :, None]).relu()[:, :, 0]
+        x = self.image(self.image(x) * 0.7)
+        return self.vector(x.mean((2, 3)))
+
+
+def hooked_loss(model, x, mode="l2"):
+    """The feature term as users write it: hooks on the inputs, in the order in which the layers run."""
+    losses, names = [], []
+
+    def hook_of(name):
+        def hook(module, arguments):
+            z = arguments[0]
+            dims = [d for d in range(z.dim()) if d != 1]
+            mean, var = z.mean(dims), z.var(dims, unbiased=False)
+            m, r = module.running_mean, module.running_var
+            if mode == "l2":
+                losses.append((var - r).norm() + (mean - m).norm())
+            else:
+                v, r = var + 1e-8, r + 1e-8
+                losses.append((torch.log(v.sqrt() / r.sqrt()) - 0.5 * (1 - (r + (m - mean) ** 2) / v)).mean())
+            names.append(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(hook_of(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    training = model.training
+    model.eval()
+    outputs = model(x)
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+    return losses, names, outputs
+
+
+# The statistics
+
+
+@pytest.mark.parametrize("mode", ["l2", "gaussian_kl"])
+def test_statistics_equal_hooks(mode):
+    model = trained_like(Ranks()).double()
+    x = torch.randn(4, 3, 5, 6, dtype=F64, requires_grad=True)
+    losses, names, expected = hooked_loss(model, x, mode)
+    assert names == ["volume", "image", "image", "vector"]
+    (expected_grad,) = torch.autograd.grad(sum(losses) + expected.square().sum(), x)
+    with BatchNormStatistics(model, mode=mode) as statistics:
+        outputs = model(x)
+        (grad,) = torch.autograd.grad(statistics.loss() + outputs.square().sum(), x)
+        torch.testing.assert_close(statistics.losses(), torch.stack(losses))
+        weights = [2.0, 3.0, 5.0]
+        torch.testing.assert_close(
+            statistics.loss(weights), 2 * losses[0] + 3 * (losses[1] + losses[2]) + 5 * losses[3]
+        )
+    assert statistics.layers == ["volume", "image", "vector"]
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_model_is_left_as_it_was():
+    model = trained_like(Ranks())
+    model.image.eval()
+    model.vector.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    grads = [parameter.requires_grad for parameter in model.parameters()]
+    with BatchNormStatistics(model) as statistics:
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        model(torch.randn(4, 3, 5, 6)).sum()
+        statistics.loss()
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == grads
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_model_is_left_as_it_was_after_an_error():
+    model = trained_like(SmallCNN(4))
+    with pytest.raises(RuntimeError), BatchNormStatistics(model):
+        model(torch.randn(2, 3, 8, 8))
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_loss_is_of_the_latest_forward():
+    model = trained_like(SmallCNN(4))
+    a, b = torch.randn(8, 1, 8, 8), torch.randn(8, 1, 8, 8)
+    with BatchNormStatistics(model) as statistics:
+        model(a)
+        model(b)
+        both = statistics.loss()
+        model(b)
+        assert torch.equal(both, statistics.loss())
+
+
+def test_synchronized_batch_norm_is_watched():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(trained_like(SmallCNN(4)))
+    assert len(BatchNormStatistics(model).layers) == 3
+
+
+def test_statistics_explain_what_is_wrong():
+    with pytest.raises(ValueError, match="Sequential has no BatchNorm1d"):
+        BatchNormStatistics(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"no running statistics.*\['0'\]"):
+        BatchNormStatistics(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)))
+    statistics = BatchNormStatistics(SmallCNN(4))
+    with statistics:
+        with pytest.raises(RuntimeError, match="no BatchNorm layer has run yet"):
+            statistics.loss()
+        with pytest.raises(RuntimeError, match="being collected already"):
+            statistics.__enter__()
+        statistics.model(torch.randn(2, 1, 8, 8))
+        with pytest.raises(ValueError, match="weights has 2 values; expected one for each of 3 layers"):
+            statistics.loss([1.0, 1.0])
+
+
+# The objective, derived once more in float64
+
+
+def rederived(name, teacher, student, images, labels, pool, shift, flip):
+    """The loss of a preset, written out from the formulas."""
+    x = F.avg_pool2d(images, pool) if pool > 1 else images
+    x = torch.roll(x, shift, (2, 3))
+    x = x.flip(3) if flip else x
+    features, _, logits = hooked_loss(teacher, x)
+
+    def differences(x):
+        return (
+            x[:, :, :, :-1] - x[:, :, :, 1:],
+            x[:, :, :-1] - x[:, :, 1:],
+            x[:, :, 1:, :-1] - x[:, :, :-1, 1:],
+            x[:, :, :-1, :-1] - x[:, :, 1:, 1:],
+        )
+
+    def j():
+        p, q = F.softmax(student(x) / 3, 1), F.softmax(logits / 3, 1)
+        m = (p + q) / 2
+        p, q, m = p.clamp(0.01, 0.99), q.clamp(0.01, 0.99), m.clamp(0.01, 0.99)
+        return (0.5 * m * (m.log() - p.log()) + 0.5 * m * (m.log() - q.log())).sum() / len(p)
+
+    cross_entropy = F.cross_entropy(logits, labels)
+    tv_l2 = sum(d.norm() for d in differences(x))
+    if name.startswith("nvlabs-imagenet"):
+        readme = name.endswith("readme")
+        r = 10 * features[0] + sum(features[1:])
+        l2 = x.flatten(1).norm(dim=1).mean()
+        loss = cross_entropy + (0.01 if readme else 0.05) * r + 1e-4 * tv_l2 + 1e-5 * l2
+        return loss + 0.2 * (1 - j().clamp(0, 1)) if readme else loss
+    if name == "nvlabs-cifar10":
+        return cross_entropy + 100 * sum(features) + 2.5e-5 * tv_l2
+    if name == "nvlabs-cifar10-readme":
+        return cross_entropy + 10 * sum(features) + 1e-3 * tv_l2
+    if name == "datafree-deepinv":
+        tv_l1 = sum(d.abs().mean() for d in differences(images))
+        return cross_entropy + 10 * sum(features) + 1e-3 * tv_l1 - j()
+    assert name == "digits"
+    l2 = x.flatten(1).norm(dim=1).mean()
+    return cross_entropy + 10 * sum(features) + 1e-3 * tv_l2 + 1e-3 * l2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_equal_their_formulas(name):
+    config = InversionConfig.preset(name)
+    channels = 3 if config.mean is not None else 1
+    if name == "datafree-deepinv":
+        config = replace(config, mean=(0.5,), std=(0.2,))
+    teacher = trained_like(SmallCNN(4, in_channels=channels)).double().eval()
+    # Sure and opposed, so that the clamps of the competition term bind for some images and not for all.
+    student = trained_like(SmallCNN(3, in_channels=channels), 1).double().eval()
+    with torch.no_grad():
+        for model in (teacher, student):
+            model[-1].weight.mul_(6)
+    images = torch.randn(6, channels, 16, 16, dtype=F64, requires_grad=True)
+    labels = torch.randint(0, 10, (6,))
+    for pool, shift, flip in ((config.stages[0].pool, (1, -2), True), (1, (0, 0), False)):
+        inverter = DeepInversion(teacher, (channels, 16, 16), config, student=student)
+        terms = inverter.objective(images, labels, pool=pool, shift=shift, flip=flip)
+        expected = rederived(name, teacher, student, images, labels, pool, shift, flip)
+        torch.testing.assert_close(terms["loss"], expected, rtol=1e-12, atol=0)
+        found, truth = (torch.autograd.grad(loss, images)[0] for loss in (terms["loss"], expected))
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-13)
+        assert torch.equal(terms["loss"], torch.stack([t for n, t in terms.items() if n != "loss"]).sum())
+
+
+def test_presets_hold_the_published_settings():
+    stages = {name: [(s.iterations, s.pool) for s in config.stages] for name, config in PRESETS.items()}
+    assert stages["nvlabs-imagenet-0"] == stages["nvlabs-imagenet-0-readme"] == [(2000, 2), (1000, 1)]
+    assert stages["nvlabs-imagenet-1"] == [(2000, 1)]
+    assert stages["nvlabs-imagenet-2"] == [(20000, 1)]
+    assert stages["datafree-deepinv"] == [(1000, 1)]
+    image_net, readme = PRESETS["nvlabs-imagenet-0"], PRESETS["nvlabs-imagenet-0-readme"]
+    assert (image_net.batch_size, image_net.learning_rate, image_net.betas) == (64, 0.2, (0.5, 0.9))
+    assert (readme.batch_size, readme.learning_rate, readme.flip, image_net.flip) == (84, 0.25, 0.5, 0.0)
+    assert (image_net.jitter, image_net.clip, PRESETS["nvlabs-imagenet-2"].clip) == (30, True, False)
+    cifar = PRESETS["nvlabs-cifar10"]
+    assert (cifar.batch_size, cifar.jitter, cifar.schedule, cifar.betas) == (256, 2, "constant", (0.9, 0.999))
+    data_free = PRESETS["datafree-deepinv"]
+    assert (data_free.betas, data_free.jitter, data_free.flip, data_free.clip) == ((0.5, 0.99), 4, 0.5, True)
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    config = PRESETS["nvlabs-imagenet-1"]
+    rates = [learning_rate_at(config, i, 2000) for i in range(2000)]
+    assert rates[0] == pytest.approx(0.2 / 100)
+    assert rates[99] == rates[100] == pytest.approx(0.2)
+    assert rates[1050] == pytest.approx(0.1)
+    assert 0 < rates[-1] < 1e-6
+    assert learning_rate_at(PRESETS["digits"], 50, 200) == 0.1
+
+
+# The synthesis
+
+SHORT = replace(PRESETS["digits"], stages=(Stage(3, pool=2), Stage(4)), jitter=2, flip=0.5)
+
+
+def test_synthesis_is_seeded_and_leaves_the_networks_alone():
+    teacher, student = trained_like(SmallCNN(4)), trained_like(SmallCNN(3), 1)
+    before = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
+    labels = torch.arange(10)
+    config = replace(SHORT, compete_weight=1.0)
+    inverter = DeepInversion(teacher, (1, 8, 8), config, student=student)
+    first = inverter.synthesize(labels, torch.Generator().manual_seed(3))
+    again = inverter.synthesize(labels, torch.Generator().manual_seed(3))
+    other = inverter.synthesize(labels, torch.Generator().manual_seed(4))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    assert torch.equal(first.labels, labels)
+    assert set(first.history) == {"cross_entropy", "features", "tv_l2", "l2", "compete", "loss"}
+    assert all(len(values) == 7 for values in first.history.values())
+    for model, state in zip((teacher, student), before, strict=True):
+        assert model.training
+        assert all(p.requires_grad and p.grad is None for p in model.parameters())
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_images_come_closer_to_the_statistics(digits_teacher):
+    inverter = DeepInversion(digits_teacher, (1, 8, 8), PRESETS["digits"].with_iterations(100))
+    result = inverter.synthesize(torch.arange(100) % 10, torch.Generator().manual_seed(0))
+    assert result.history["features"][-1] < 0.5 * result.history["features"][0]
+
+
+def test_best_images_are_those_of_the_lowest_loss():
+    teacher = trained_like(SmallCNN(4))
+    config = replace(PRESETS["digits"], stages=(Stage(6),), jitter=0, keep="best", learning_rate=3.0)
+    inverter = DeepInversion(teacher, (1, 8, 8), config)
+    result = inverter.synthesize(torch.arange(10), torch.Generator().manual_seed(0))
+    loss = inverter.objective(result.images, result.labels)["loss"].item()
+    assert loss == pytest.approx(min(result.history["loss"]), rel=1e-6)
+
+
+def test_clipped_images_are_images():
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    config = replace(SHORT, clip=True, mean=mean, std=std, learning_rate=1.0)
+    teacher = trained_like(SmallCNN(4, in_channels=3))
+    images = DeepInversion(teacher, (3, 8, 8), config).synthesize(torch.arange(10)).images
+    pixels = images * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)
+    assert pixels.min() >= -1e-6
+    assert pixels.max() <= 1 + 1e-6
+
+
+def test_terms_without_weight_take_no_part():
+    teacher = trained_like(SmallCNN(4))
+    config = replace(SHORT, feature_weight=0.0, tv_l2=0.0, l2=0.0)
+    history = DeepInversion(teacher, (1, 8, 8), config).synthesize(torch.arange(4)).history
+    assert set(history) == {"cross_entropy", "loss"}
+
+
+def test_competition_makes_teacher_and_student_disagree():
+    teacher, student = trained_like(SmallCNN(8)), trained_like(SmallCNN(4), 1)
+    disagreement = []
+    for weight in (0.0, 10.0):
+        config = replace(PRESETS["digits"].with_iterations(60), compete_weight=weight)
+        inverter = DeepInversion(teacher, (1, 8, 8), config, student=student)
+        images = inverter.synthesize(torch.arange(40) % 10, torch.Generator().manual_seed(0)).images
+        teacher.eval(), student.eval()
+        with torch.no_grad():
+            disagreement.append(js_div_with_logits(student(images), teacher(images), temperature=3.0).item())
+    assert disagreement[1] > disagreement[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda t: DeepInversion(t, (8, 8), SHORT), "image_shape is"),
+        (lambda t: DeepInversion(t, (1, 8, 8), replace(SHORT, clip=True)), "needs config.mean and config.std"),
+        (lambda t: DeepInversion(t, (1, 8, 8), PRESETS["nvlabs-imagenet-1"]), "must have 1 values, one a channel"),
+        (lambda t: DeepInversion(t, (1, 8, 8), SHORT).synthesize(torch.zeros(3)), "labels must be"),
+        (lambda t: DeepInversion(t, (1, 8, 8), SHORT).synthesize(torch.zeros(0).long()), "labels must be"),
+        (lambda t: InversionConfig.preset("imagenet"), "there is no preset 'imagenet'; there are nvlabs-imagenet-0"),
+        (lambda t: replace(SHORT, stages=()), "stages is"),
+        (lambda t: replace(SHORT, learning_rate=0.0), "learning_rate is 0.0"),
+        (lambda t: replace(SHORT, flip=2.0), "flip is 2.0; expected a probability"),
+        (lambda t: replace(SHORT, jitter=-1), "jitter is -1"),
+        (lambda t: replace(SHORT, mean=(0.5,)), "both mean and std"),
+    ],
+)
+def test_wrong_calls(call, text):
+    with pytest.raises(ValueError, match=text):
+        call(SmallCNN(4))
+
+
+def test_statistics_of_a_batch_are_those_of_the_op():
+    """The tap of a layer reports what batch_norm_stats computes of its input."""
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    x = torch.randn(4, 3, 5, 5)
+    mean, var = batch_norm_stats(x)
+    with BatchNormStatistics(model) as statistics:
+        model(x)
+        expected = (mean - model[0].running_mean).norm() + (var - model[0].running_var).norm()
+        torch.testing.assert_close(statistics.loss(), expected)
