@@ -5,26 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from networks import hooked_loss, trained_like
 from torch import nn
 
 from kdkernels.functional import batch_norm_stats, js_div_with_logits
 from kdkernels.inversion import PRESETS, BatchNormStatistics, DeepInversion, InversionConfig, Stage
-from kdkernels.inversion.deep_inversion import learning_rate_at
 from kdkernels.models import SmallCNN
 
 F64 = torch.float64
-
-
-def trained_like(model, seed=0):
-    """The model with running statistics and scales that are not those of a new one."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(generator=generator)
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model
 
 
 class Ranks(nn.Module):
@@ -40,39 +28,6 @@ class Ranks(nn.Module):
         x = self.volume(x[:, :, None]).relu()[:, :, 0]
         x = self.image(self.image(x) * 0.7)
         return self.vector(x.mean((2, 3)))
-
-
-def hooked_loss(model, x, mode="l2"):
-    """The feature term as users write it: hooks on the inputs, in the order in which the layers run."""
-    losses, names = [], []
-
-    def hook_of(name):
-        def hook(module, arguments):
-            z = arguments[0]
-            dims = [d for d in range(z.dim()) if d != 1]
-            mean, var = z.mean(dims), z.var(dims, unbiased=False)
-            m, r = module.running_mean, module.running_var
-            if mode == "l2":
-                losses.append((var - r).norm() + (mean - m).norm())
-            else:
-                v, r = var + 1e-8, r + 1e-8
-                losses.append((torch.log(v.sqrt() / r.sqrt()) - 0.5 * (1 - (r + (m - mean) ** 2) / v)).mean())
-            names.append(name)
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(hook_of(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    training = model.training
-    model.eval()
-    outputs = model(x)
-    model.train(training)
-    for handle in handles:
-        handle.remove()
-    return losses, names, outputs
 
 
 # The statistics
@@ -157,100 +112,6 @@ def test_statistics_explain_what_is_wrong():
         statistics.model(torch.randn(2, 1, 8, 8))
         with pytest.raises(ValueError, match="weights has 2 values; expected one for each of 3 layers"):
             statistics.loss([1.0, 1.0])
-
-
-# The objective, derived once more in float64
-
-
-def rederived(name, teacher, student, images, labels, pool, shift, flip):
-    """The loss of a preset, written out from the formulas."""
-    x = F.avg_pool2d(images, pool) if pool > 1 else images
-    x = torch.roll(x, shift, (2, 3))
-    x = x.flip(3) if flip else x
-    features, _, logits = hooked_loss(teacher, x)
-
-    def differences(x):
-        return (
-            x[:, :, :, :-1] - x[:, :, :, 1:],
-            x[:, :, :-1] - x[:, :, 1:],
-            x[:, :, 1:, :-1] - x[:, :, :-1, 1:],
-            x[:, :, :-1, :-1] - x[:, :, 1:, 1:],
-        )
-
-    def j():
-        p, q = F.softmax(student(x) / 3, 1), F.softmax(logits / 3, 1)
-        m = (p + q) / 2
-        p, q, m = p.clamp(0.01, 0.99), q.clamp(0.01, 0.99), m.clamp(0.01, 0.99)
-        return (0.5 * m * (m.log() - p.log()) + 0.5 * m * (m.log() - q.log())).sum() / len(p)
-
-    cross_entropy = F.cross_entropy(logits, labels)
-    tv_l2 = sum(d.norm() for d in differences(x))
-    if name.startswith("nvlabs-imagenet"):
-        readme = name.endswith("readme")
-        r = 10 * features[0] + sum(features[1:])
-        l2 = x.flatten(1).norm(dim=1).mean()
-        loss = cross_entropy + (0.01 if readme else 0.05) * r + 1e-4 * tv_l2 + 1e-5 * l2
-        return loss + 0.2 * (1 - j().clamp(0, 1)) if readme else loss
-    if name == "nvlabs-cifar10":
-        return cross_entropy + 100 * sum(features) + 2.5e-5 * tv_l2
-    if name == "nvlabs-cifar10-readme":
-        return cross_entropy + 10 * sum(features) + 1e-3 * tv_l2
-    if name == "datafree-deepinv":
-        tv_l1 = sum(d.abs().mean() for d in differences(images))
-        return cross_entropy + 10 * sum(features) + 1e-3 * tv_l1 - j()
-    assert name == "digits"
-    l2 = x.flatten(1).norm(dim=1).mean()
-    return cross_entropy + 10 * sum(features) + 1e-3 * tv_l2 + 1e-3 * l2
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_equal_their_formulas(name):
-    config = InversionConfig.preset(name)
-    channels = 3 if config.mean is not None else 1
-    if name == "datafree-deepinv":
-        config = replace(config, mean=(0.5,), std=(0.2,))
-    teacher = trained_like(SmallCNN(4, in_channels=channels)).double().eval()
-    # Sure and opposed, so that the clamps of the competition term bind for some images and not for all.
-    student = trained_like(SmallCNN(3, in_channels=channels), 1).double().eval()
-    with torch.no_grad():
-        for model in (teacher, student):
-            model[-1].weight.mul_(6)
-    images = torch.randn(6, channels, 16, 16, dtype=F64, requires_grad=True)
-    labels = torch.randint(0, 10, (6,))
-    for pool, shift, flip in ((config.stages[0].pool, (1, -2), True), (1, (0, 0), False)):
-        inverter = DeepInversion(teacher, (channels, 16, 16), config, student=student)
-        terms = inverter.objective(images, labels, pool=pool, shift=shift, flip=flip)
-        expected = rederived(name, teacher, student, images, labels, pool, shift, flip)
-        torch.testing.assert_close(terms["loss"], expected, rtol=1e-12, atol=0)
-        found, truth = (torch.autograd.grad(loss, images)[0] for loss in (terms["loss"], expected))
-        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-13)
-        assert torch.equal(terms["loss"], torch.stack([t for n, t in terms.items() if n != "loss"]).sum())
-
-
-def test_presets_hold_the_published_settings():
-    stages = {name: [(s.iterations, s.pool) for s in config.stages] for name, config in PRESETS.items()}
-    assert stages["nvlabs-imagenet-0"] == stages["nvlabs-imagenet-0-readme"] == [(2000, 2), (1000, 1)]
-    assert stages["nvlabs-imagenet-1"] == [(2000, 1)]
-    assert stages["nvlabs-imagenet-2"] == [(20000, 1)]
-    assert stages["datafree-deepinv"] == [(1000, 1)]
-    image_net, readme = PRESETS["nvlabs-imagenet-0"], PRESETS["nvlabs-imagenet-0-readme"]
-    assert (image_net.batch_size, image_net.learning_rate, image_net.betas) == (64, 0.2, (0.5, 0.9))
-    assert (readme.batch_size, readme.learning_rate, readme.flip, image_net.flip) == (84, 0.25, 0.5, 0.0)
-    assert (image_net.jitter, image_net.clip, PRESETS["nvlabs-imagenet-2"].clip) == (30, True, False)
-    cifar = PRESETS["nvlabs-cifar10"]
-    assert (cifar.batch_size, cifar.jitter, cifar.schedule, cifar.betas) == (256, 2, "constant", (0.9, 0.999))
-    data_free = PRESETS["datafree-deepinv"]
-    assert (data_free.betas, data_free.jitter, data_free.flip, data_free.clip) == ((0.5, 0.99), 4, 0.5, True)
-
-
-def test_learning_rate_warms_up_and_follows_a_cosine():
-    config = PRESETS["nvlabs-imagenet-1"]
-    rates = [learning_rate_at(config, i, 2000) for i in range(2000)]
-    assert rates[0] == pytest.approx(0.2 / 100)
-    assert rates[99] == rates[100] == pytest.approx(0.2)
-    assert rates[1050] == pytest.approx(0.1)
-    assert 0 < rates[-1] < 1e-6
-    assert learning_rate_at(PRESETS["digits"], 50, 200) == 0.1
 
 
 # The synthesis
