@@ -29,12 +29,27 @@ class Op:
         self.name = name
         packet = getattr(torch.ops.kdkernels, name)
         self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in backends}
+        self.functions: dict[str, type[_Function]] = {}
 
-    def choose(self, device: torch.device) -> Any:
-        """Return the overload that computes on a device, after :func:`set_backend` and what is available there."""
+    def run(self, backend: str, *arguments: Any) -> Any:
+        """Compute with a backend.
+
+        Without a compiler an autograd function calls the overload: it costs half of what a registered formula does,
+        and works under ``torch.func``.
+        """
+        if self.functions and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.functions[backend].apply(*arguments)
+        return self.overloads[backend](*arguments)
+
+    def run_on(self, device: torch.device, *arguments: Any) -> Any:
+        """Compute with the backend chosen for a device."""
+        return self.run(self.choose(device), *arguments)
+
+    def choose(self, device: torch.device) -> str:
+        """Return the backend that computes on a device, after :func:`set_backend` and what is available there."""
         for backend in BACKENDS:
             if _requested in ("auto", backend) and self.available(backend, device.type):
-                return self.overloads[backend]
+                return backend
         raise RuntimeError(
             f"the backend {_requested!r} was requested, but {self.name} cannot take it on {device}: "
             f"{self.why_not(_requested, device.type)}. set_backend('auto') takes the best that is there."
@@ -54,6 +69,35 @@ class Op:
         if backend == "triton":
             return f"kdkernels has no Triton kernel of {self.name} for devices of type {device_type!r}"
         return f"there is no backend called {backend!r}"
+
+
+class _Function(torch.autograd.Function):
+    """Calls an overload; its subclasses have the autograd formula of an op for one backend."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)  # type: ignore[no-untyped-call]
+        # torch's own apply looks at the signature of forward first, which takes as long as a small kernel.
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+def _function(overload: Any, setup: Callable[..., None], formula: Callable[..., Any]) -> type[_Function]:
+    class Function(_Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return overload(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            return formula(ctx, *cotangents)
+
+    Function.__name__ = Function.__qualname__ = f"{overload._opname}_{overload._overloadname}"
+    return Function
 
 
 _kernels: set[tuple[str, str, str]] = set()
@@ -88,17 +132,18 @@ def define(
         backward: the autograd formula; it finds the backend of the forward in ``ctx.backend``.
 
     """
-    for backend in ("native", "reference"):
-        qualified = f"kdkernels::{name}.{backend}"
+    backends = ("native", "reference")
+    for backend in backends:
         _library.define(f"{name}.{backend}{signature}")
+    op = _ops[name] = Op(name, backends)
+    for backend in backends:
+        qualified = f"kdkernels::{name}.{backend}"
         torch.library.register_fake(qualified, fake, lib=_library)
         if backward is not None:
-            torch.library.register_autograd(
-                qualified, backward, setup_context=_with_backend(backend, setup_context), lib=_library
-            )
+            setup = _with_backend(backend, setup_context)
+            torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
+            op.functions[backend] = _function(op.overloads[backend], setup, backward)
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
-    op = Op(name, ("native", "reference"))
-    _ops[name] = op
     return op
 
 
@@ -171,7 +216,7 @@ def explain(device_type: str) -> dict[str, tuple[str, str]]:
         if name.endswith("_backward"):
             continue
         try:
-            chosen = op.choose(torch.device(device_type))._overloadname
+            chosen = op.choose(torch.device(device_type))
         except RuntimeError as error:
             result[name] = ("none", str(error))
             continue

@@ -33,6 +33,7 @@ template <class S, int bytes>
 using Vector = typename VectorOf<S, bytes>::type;
 
 using math::bit_cast;
+using math::Bits;
 using math::lanes;
 using math::Scalar;
 using math::select;
@@ -123,20 +124,51 @@ KDKERNELS_INLINE void store(T* destination, V value) {
   }
 }
 
-// The same for the last, partly filled vector: `count` < lanes<V> numbers, the other lanes get `fill`.
+KDKERNELS_INLINE void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
+
+// 0, 1, 2, ...
+template <class V>
+KDKERNELS_INLINE Bits<V> lane_numbers() {
+  Bits<V> numbers{};
+  for (int i = 0; i < lanes<V>; ++i) reinterpret_cast<Scalar<Bits<V>>*>(&numbers)[i] = i;
+  return numbers;
+}
+
+// `value` in the first `count` lanes, `fill` in the others
+template <class V>
+KDKERNELS_INLINE V keep_lanes(V value, int64_t count, Scalar<V> fill) {
+  return select(lane_numbers<V>() < Scalar<Bits<V>>(count), value, splat<V>(fill));
+}
+
+// Copies count < 2 * most numbers, `most` a power of 2, in pieces of fixed size: a copy of unknown size is a call.
+template <int most, class T>
+KDKERNELS_INLINE void copy_pieces(T* destination, const T* source, int64_t count) {
+  if constexpr (most > 0) {
+    if (count & most) {
+      memcpy(destination, source, most * sizeof(T));
+      destination += most;
+      source += most;
+    }
+    copy_pieces<most / 2>(destination, source, count);
+  }
+}
+
+// Load and store of the last, partly filled vector: `count` <= lanes<V> numbers, the other lanes get `fill`.
 template <class V, class T>
 KDKERNELS_INLINE V load_part(const T* source, int64_t count, Scalar<V> fill) {
   T buffer[lanes<V>] = {};
-  memcpy(buffer, source, size_t(count) * sizeof(T));
-  V value = load<V>(buffer);
-  for (int64_t i = count; i < lanes<V>; ++i) reinterpret_cast<Scalar<V>*>(&value)[i] = fill;
-  return value;
+  copy_pieces<lanes<V>>(buffer, source, count);
+  return keep_lanes(load<V>(buffer), count, fill);
 }
 template <class V, class T>
 KDKERNELS_INLINE void store_part(T* destination, V value, int64_t count) {
   T buffer[lanes<V>];
   store(buffer, value);
-  memcpy(destination, buffer, size_t(count) * sizeof(T));
+  copy_pieces<lanes<V>>(destination, buffer, count);
 }
 
 // One number
@@ -148,6 +180,10 @@ KDKERNELS_INLINE S load_one(const T* source) {
 template <class V>
 KDKERNELS_INLINE Scalar<V> lane(const V& vector, int i) {
   return reinterpret_cast<const Scalar<V>*>(&vector)[i];
+}
+template <class V, class T>
+KDKERNELS_INLINE void set_lane(V& vector, int i, T value) {
+  reinterpret_cast<Scalar<V>*>(&vector)[i] = Scalar<V>(value);
 }
 
 // Reductions over the lanes, by halves: a fixed order

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t tile_logits = 4096;    // about so many logits in a tile: they stay in the first-level cache
 constexpr int64_t tile_positions = 128;  // and at most so many positions
+constexpr int64_t row_tile_logits = 2048;
 constexpr int64_t few_classes = 32;      // up to here a lane a position is faster than classes in the lanes
 constexpr int64_t max_lanes = 16;
 
@@ -105,8 +106,12 @@ class Preparation {
     }
     const SoftmaxOperand& input = call_.operand[student];
     call_.classes_in_lanes = call_.classes > few_classes && (input.class_stride == 1 || input.inner_stride != 1);
-    const int64_t fitting = std::clamp<int64_t>(tile_logits / call_.classes, 1, tile_positions);
-    call_.tile = call_.classes_in_lanes ? fitting : (fitting + max_lanes - 1) / max_lanes * max_lanes;
+    if (call_.classes_in_lanes) {
+      call_.tile = std::clamp<int64_t>(row_tile_logits / call_.classes, 1, max_lanes);
+    } else {
+      const int64_t fitting = std::clamp<int64_t>(tile_logits / call_.classes, 1, tile_positions);
+      call_.tile = (fitting + max_lanes - 1) / max_lanes * max_lanes;
+    }
     call_.tiles_in_run = (call_.inner + call_.tile - 1) / call_.tile;
     return call_;
   }

@@ -15,7 +15,7 @@ template <>
 struct ExpConstants<float> {
   using Unsigned = uint32_t;
   static constexpr int mantissa_bits = 23;
-  static constexpr float lowest = -87.33654f;       // exp() is below the smallest normal number from here on
+  static constexpr float lowest = -88.0296919f;     // -127 ln(2): 2^n in bits is 0 from here on
   static constexpr float round_magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float log2e = 1.44269504f;
   static constexpr float ln2_high = 0.693359375f;  // few bits, so that integer * ln2_high is exact
@@ -32,7 +32,7 @@ template <>
 struct ExpConstants<double> {
   using Unsigned = uint64_t;
   static constexpr int mantissa_bits = 52;
-  static constexpr double lowest = -708.3964185322641;
+  static constexpr double lowest = -709.0895657128241;
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double log2e = 1.4426950408889634;
   static constexpr double ln2_high = 0.6931471803691238;
@@ -53,14 +53,26 @@ struct ExpConstants<double> {
                                    0.18182957719593876, 0.15329464536713094, 0.14644067424413199};
 };
 
-// Horner's rule. A recursion over the index unrolls everywhere, CUDA included.
-template <class V, int N, int I = 0>
-KDKERNELS_INLINE V polynomial(V x, const Scalar<V> (&coefficients)[N]) {
-  if constexpr (I == N - 1) {
-    return splat<V>(coefficients[I]);
+// c[first] + c[first + 1] x + ..., with short chains of operations that wait for each other (Estrin's scheme): `powers`
+// holds x, x^2, x^4, ... A recursion over the index unrolls everywhere, CUDA included.
+template <int first, int count, int level, class V, int N, int P>
+KDKERNELS_INLINE V polynomial_part(const V (&powers)[P], const Scalar<V> (&coefficients)[N]) {
+  if constexpr (count == 1) {
+    return splat<V>(coefficients[first]);
+  } else if constexpr (count <= (1 << level)) {
+    return polynomial_part<first, count, level - 1>(powers, coefficients);
   } else {
-    return polynomial<V, N, I + 1>(x, coefficients) * x + coefficients[I];
+    constexpr int half = 1 << level;
+    return polynomial_part<first + half, count - half, level - 1>(powers, coefficients) * powers[level] +
+           polynomial_part<first, half, level - 1>(powers, coefficients);
   }
+}
+template <class V, int N>
+KDKERNELS_INLINE V polynomial(V x, const Scalar<V> (&coefficients)[N]) {
+  constexpr int levels = N > 8 ? 4 : N > 4 ? 3 : 2;
+  V powers[levels] = {x};
+  for (int i = 1; i < levels; ++i) powers[i] = powers[i - 1] * powers[i - 1];
+  return polynomial_part<0, N, levels - 1>(powers, coefficients);
 }
 
 // e^x = power * (1 + r + tail) with power = 2^n, r = x - n ln(2), |r| <= ln(2)/2 and tail = e^r - 1 - r
@@ -86,13 +98,11 @@ KDKERNELS_INLINE ExpParts<V> exp_parts(V x) {
   return {bit_cast<V>(bits), r, polynomial(r, C::exp) * (r * r)};
 }
 
-// e^x for x <= 0 (softmax never needs more). Results below the smallest normal number are 0; NaN stays NaN.
+// e^x for x <= 0 (softmax never needs more). Results below half the smallest normal number are 0; NaN stays NaN.
 template <class V>
 KDKERNELS_INLINE V exp_nonpositive(V x) {
-  using C = ExpConstants<Scalar<V>>;
-  const Bits<V> underflow = x < C::lowest;
-  ExpParts<V> parts = exp_parts(select(underflow, splat<V>(C::lowest), x));
-  return select(underflow, V{}, parts.power * (parts.tail + parts.r) + parts.power);
+  ExpParts<V> parts = exp_parts(maximum(splat<V>(ExpConstants<Scalar<V>>::lowest), x));
+  return parts.power * (parts.tail + parts.r) + parts.power;
 }
 
 // For x <= 0: e^x, e^x - 1, its rest e^x - 1 - x, x e^x, and its rest x e^x - (e^x - 1), each accurate near 0. The
@@ -128,6 +138,15 @@ KDKERNELS_INLINE V log_tail(V f) {
   return s * (half_square + polynomial(z, C::log) * z) - half_square;
 }
 
+template <class V, class Integers>
+KDKERNELS_INLINE V to_floating(Integers k) {
+  if constexpr (lanes<V> == 1) {
+    return Scalar<V>(k);
+  } else {
+    return __builtin_convertvector(k, V);
+  }
+}
+
 // x = 2^exponent * (1 + f), sqrt(1/2) <= 1 + f < sqrt(2)
 template <class V>
 KDKERNELS_INLINE void split_exponent(V x, V& exponent, V& f) {
@@ -135,11 +154,7 @@ KDKERNELS_INLINE void split_exponent(V x, V& exponent, V& f) {
   Bits<V> bits = bit_cast<Bits<V>>(x);
   Bits<V> k = (bits - C::sqrt_half_bits) >> C::mantissa_bits;
   f = bit_cast<V>(bits - (k << C::mantissa_bits)) - Scalar<V>(1);
-  if constexpr (lanes<V> == 1) {
-    exponent = Scalar<V>(k);
-  } else {
-    exponent = __builtin_convertvector(k, V);
-  }
+  exponent = to_floating<V>(k);
 }
 
 // ln(x) for positive, normal, finite x; NaN stays NaN.
@@ -161,7 +176,7 @@ KDKERNELS_INLINE V log_quotient(V a, V b) {
   return k * C::ln2_high + (f + (log_tail(f) + k * C::ln2_low));
 }
 
-// For x > -1, each accurate near 0: ln(1 + x), and what is left of it after x, which is -x^2/2 at first order
+// For -1 < x < 2^126, each accurate near 0: ln(1 + x), and what is left of it after x, which is -x^2/2 at first order
 template <class V>
 struct Log1p {
   V value, rest;
@@ -170,14 +185,13 @@ struct Log1p {
 template <class V>
 KDKERNELS_INLINE Log1p<V> log1p_parts(V x) {
   using C = ExpConstants<Scalar<V>>;
-  V u = x + Scalar<V>(1);
-  V k, f;
-  split_exponent(u, k, f);
-  const Bits<V> near = k == Scalar<V>(0);
-  f = select(near, x, f);  // what rounding cut off u matters here, and nowhere else is it more than noise
-  V low = select(near, V{}, (x - (u - Scalar<V>(1))) / u);
-  V tail = log_tail(f) + (k * C::ln2_low + low);
-  return {k * C::ln2_high + (f + tail), k * C::ln2_high + ((f - x) + tail)};
+  // 1 + x = 2^k (1 + f), where f = 2^-k x + (2^-k - 1) is rounded once, and is x itself near 0
+  const Bits<V> k = (bit_cast<Bits<V>>(x + Scalar<V>(1)) - C::sqrt_half_bits) >> C::mantissa_bits;
+  const V inverse_power = bit_cast<V>(Bits<V>(((C::mantissa_bits == 23 ? 127 : 1023) - k) << C::mantissa_bits));
+  const V f = x * inverse_power + (inverse_power - Scalar<V>(1));
+  const V exponent = to_floating<V>(k);
+  const V tail = log_tail(f) + exponent * C::ln2_low;
+  return {exponent * C::ln2_high + (f + tail), exponent * C::ln2_high + ((f - x) + tail)};
 }
 
 }  // namespace kdkernels::math

@@ -23,21 +23,33 @@ KDKERNELS_INLINE V difference_error(V a, V b, V difference) {
   return select(error == error, error, V{});
 }
 
+// A formula comes in parts, so that a kernel may do one for many classes before it does the next: a processor looks
+// only some 200 operations ahead, and shorter chains of operations that wait for each other leave it more to choose
+// from.
+
 // KL(p || q) = sum p ln(p/q). Since sum (q - p) = 0, adding q - p to every term changes nothing but the rounding:
 // each term becomes p (e^-r - 1 + r) >= 0 with r = ln(p/q), of second order in r, and an error common to all r
 // cancels. So the sum is accurate to a few units in the last place even where teacher and student nearly agree.
 template <class V>
 struct KullbackLeibler {
+  struct Begun {
+    V teacher_larger, student_larger;  // the term where p or q is the larger, as a share of it
+    V expm1;
+  };
   struct Terms {
     V value;
     V difference;  // q - p, which is T times the gradient by the student's logit
   };
-  KDKERNELS_INLINE static Terms terms(V q, V p, V log_ratio) {
-    auto teacher_larger = log_ratio > Scalar<V>(0);
+
+  KDKERNELS_INLINE static Begun begin(V log_ratio) {
     ExpDifferences<V> e = exp_differences(-absolute(log_ratio));
+    return {e.rest, e.product_rest, e.expm1};
+  }
+  KDKERNELS_INLINE static Terms finish(V q, V p, V log_ratio, const Begun& begun) {
+    auto teacher_larger = log_ratio > Scalar<V>(0);
     V larger = select(teacher_larger, p, q);
-    return {weighted(larger, select(teacher_larger, e.rest, e.product_rest)),
-            weighted(larger, select(teacher_larger, e.expm1, -e.expm1))};
+    return {weighted(larger, select(teacher_larger, begun.teacher_larger, begun.student_larger)),
+            weighted(larger, select(teacher_larger, begun.expm1, -begun.expm1))};
   }
 };
 
@@ -64,26 +76,39 @@ struct JensenShannon {
   S beta;
   S log_beta, log_rest;  // ln(beta), ln(1 - beta)
 
+  struct Begun {
+    V y, exp, product, product_rest;  // y; e^x, x e^x, x e^x - (e^x - 1)
+    Log1p<V> log1p;
+  };
+
   KDKERNELS_INLINE explicit JensenShannon(S beta)
       : beta(beta), log_beta(S(std::log(double(beta)))), log_rest(S(std::log1p(-double(beta)))) {}
 
-  KDKERNELS_INLINE PairTerms<V> operator()(V q, V p, V log_ratio) const {
+  KDKERNELS_INLINE Begun begin(V log_ratio) const {
+    V weight = select(log_ratio > S(0), splat<V>(1 - beta), splat<V>(beta));
+    ExpDifferences<V> e = exp_differences(-absolute(log_ratio));
+    return {weight * e.expm1, e.exp, e.product, e.product_rest, Log1p<V>()};
+  }
+  KDKERNELS_INLINE void go_on(V log_ratio, Begun& begun) const {
+    V odds = select(log_ratio > S(0), splat<V>((1 - beta) / beta), splat<V>(beta / (1 - beta)));
+    begun.log1p = log1p_parts(select(begun.exp < S(1.0 / 16), odds * begun.exp, begun.y));
+  }
+
+  KDKERNELS_INLINE PairTerms<V> finish(V q, V p, V log_ratio, const Begun& begun) const {
     const S rest = 1 - beta;
     const Bits<V> teacher_larger = log_ratio > S(0);
     V larger = select(teacher_larger, p, q);
     V weight = select(teacher_larger, splat<V>(rest), splat<V>(beta));
-    V odds = select(teacher_larger, splat<V>(rest / beta), splat<V>(beta / rest));
     V log_odds = select(teacher_larger, splat<V>(log_rest - log_beta), splat<V>(log_beta - log_rest));
     V log_larger_weight = select(teacher_larger, splat<V>(log_beta), splat<V>(log_rest));
-    ExpDifferences<V> e = exp_differences(-absolute(log_ratio));
-    V y = weight * e.expm1;
-    const Bits<V> far = e.exp < S(1.0 / 16);
-    Log1p<V> log1p = log1p_parts(select(far, odds * e.exp, y));
+    V y = begun.y, exp = begun.exp;
+    const Bits<V> far = exp < S(1.0 / 16);
+    const Log1p<V> log1p = begun.log1p;
     V one_plus_y = y + S(1);
-    V close = weight * e.product_rest - (y * y + log1p.rest * one_plus_y);
-    V middle = weight * e.product - one_plus_y * log1p.value;
+    V close = weight * begun.product_rest - (y * y + log1p.rest * one_plus_y);
+    V middle = weight * begun.product - one_plus_y * log1p.value;
     V near_value = select(y > S(-0.25), close, middle);
-    V far_value = weight * (e.product - e.exp * (log1p.value - log_odds)) - (splat<V>(1) - weight) * log1p.value;
+    V far_value = weight * (begun.product - exp * (log1p.value - log_odds)) - (splat<V>(1) - weight) * log1p.value;
     V log_mean = log1p.value + select(far, log_larger_weight, V{});  // ln(m / larger)
     V log_p = minimum(log_ratio, V{}) - log_mean;                    // ln(p / m)
     V log_q = -maximum(log_ratio, V{}) - log_mean;
@@ -101,12 +126,16 @@ struct JensenShannon {
 // the mean m = (p + q)/2 is taken, not renormalized. Outside the range a clamp has gradient 0.
 template <class V>
 struct ClampedJensenShannon {
+  struct Begun {};
+
   static constexpr Scalar<V> low = Scalar<V>(0.01), high = Scalar<V>(0.99);
 
   KDKERNELS_INLINE static V clamp(V x) { return minimum(splat<V>(high), maximum(splat<V>(low), x)); }
   // 1 where the clamp lets the gradient through, its ends included
   KDKERNELS_INLINE static V inside(V x) { return select(clamp(x) == x, splat<V>(1), V{}); }
-  KDKERNELS_INLINE PairTerms<V> operator()(V q, V p, V /*log_ratio*/) const {
+  KDKERNELS_INLINE Begun begin(V /*log_ratio*/) const { return {}; }
+  KDKERNELS_INLINE void go_on(V /*log_ratio*/, Begun& /*begun*/) const {}
+  KDKERNELS_INLINE PairTerms<V> finish(V q, V p, V /*log_ratio*/, Begun /*begun*/) const {
     constexpr Scalar<V> half = Scalar<V>(0.5);
     V m = (p + q) * half;
     V clamped_p = clamp(p), clamped_q = clamp(q), clamped_m = clamp(m);

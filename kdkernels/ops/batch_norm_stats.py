@@ -35,8 +35,7 @@ def _stats_backward(
 ) -> tuple[Tensor | None, None]:
     if grad_mean is None and grad_var is None:
         return None, None
-    compute = _TAP_BACKWARD.overloads[ctx.backend]
-    return compute(None, grad_mean, grad_var, *ctx.saved_tensors, ctx.unbiased), None
+    return _TAP_BACKWARD.run(ctx.backend, None, grad_mean, grad_var, *ctx.saved_tensors, ctx.unbiased), None
 
 
 def _tap_backward_fake(
@@ -89,7 +88,7 @@ def _distances_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 def _distances_backward(ctx: Any, grad_losses: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_losses is None:
         return (None,) * 7
-    grads = _DISTANCES_BACKWARD.overloads[ctx.backend](grad_losses, *ctx.saved_tensors, *ctx.options)
+    grads = _DISTANCES_BACKWARD.run(ctx.backend, grad_losses, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None)
 
 
@@ -196,7 +195,7 @@ def batch_norm_stats(input: Tensor, *, unbiased: bool = False) -> tuple[Tensor, 
 
     """
     _check_input(input, unbiased)
-    mean, var, _ = _STATS.choose(input.device)(input, unbiased)
+    mean, var, _ = _STATS.run_on(input.device, input, unbiased)
     return mean, var
 
 
@@ -207,7 +206,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, unbiased: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var, mean_error = _STATS.overloads[backend](input, unbiased)
+        mean, var, mean_error = _STATS.run(backend, input, unbiased)
         return input.view_as(input), mean, var, mean_error
 
     @staticmethod
@@ -223,7 +222,7 @@ class _Tap(torch.autograd.Function):
             return grads[0], None, None
         arguments = (*grads[:3], *ctx.saved_tensors, ctx.unbiased)
         if torch.compiler.is_compiling():
-            return _TAP_BACKWARD.overloads[ctx.backend](*arguments), None, None
+            return _TAP_BACKWARD.run(ctx.backend, *arguments), None, None
         return _tap_backward(*arguments, ctx.backend), None, None
 
 
@@ -235,7 +234,7 @@ class _TapBackward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         *arguments, backend = inputs
-        return _TAP_BACKWARD.overloads[backend](*arguments)  # type: ignore[no-any-return]
+        return _TAP_BACKWARD.run(backend, *arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -269,7 +268,7 @@ def batch_norm_tap(input: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Te
 
     """
     _check_input(input, unbiased)
-    backend = _STATS.choose(input.device)._overloadname
+    backend = _STATS.choose(input.device)
     activation, mean, var, _ = _tap(input, unbiased, backend)
     return activation, mean, var
 
@@ -301,7 +300,7 @@ def stat_distances(
     """
     _check_statistics(sum(channels), running_mean, running_var, mode, moment)
     running = (running_mean.to(mean.dtype), running_var.to(mean.dtype))
-    losses: Tensor = _DISTANCES.choose(mean.device)(mean, var, *running, channels, mode, moment)
+    losses: Tensor = _DISTANCES.run_on(mean.device, mean, var, *running, channels, mode, moment)
     return losses
 
 

@@ -30,7 +30,7 @@ def _backward_backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | Non
         return None, None
     grad_output, lambd = ctx.saved_tensors
     by_lambd = -(cotangent * grad_output).sum().to(lambd.dtype).to(lambd.device) if ctx.needs_input_grad[1] else None
-    return _BACKWARD.overloads[ctx.backend](cotangent, lambd), by_lambd
+    return _BACKWARD.run(ctx.backend, cotangent, lambd), by_lambd
 
 
 def _copy_fake(input: Tensor, lambd: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def _copy_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor)
 def _copy_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
     if grad is None:
         return None, None
-    return _BACKWARD.overloads[ctx.backend](grad, *ctx.saved_tensors), None
+    return _BACKWARD.run(ctx.backend, grad, *ctx.saved_tensors), None
 
 
 _BACKWARD = _backends.define(
@@ -81,7 +81,7 @@ class _GradientReversal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         if torch.compiler.is_compiling():
-            return _BACKWARD.overloads[ctx.backend](grads[0], *ctx.saved_tensors), None, None
+            return _BACKWARD.run(ctx.backend, grads[0], *ctx.saved_tensors), None, None
         return _scale(grads[0], *ctx.saved_tensors, ctx.backend), None, None
 
 
@@ -92,7 +92,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, lambd: Tensor, backend: str) -> Tensor:
-        return _BACKWARD.overloads[backend](grad, lambd)  # type: ignore[no-any-return]
+        return _BACKWARD.run(backend, grad, lambd)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,8 +166,8 @@ def gradient_reversal(input: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
     _checks.check_floating("input", input)
     coefficient = _coefficient(lambd, input)
     if torch.compiler.is_exporting():
-        return _COPY.choose(input.device)(input, coefficient)  # type: ignore[no-any-return]
-    backend = _BACKWARD.choose(input.device)._overloadname
+        return _COPY.run_on(input.device, input, coefficient)  # type: ignore[no-any-return]
+    backend = _BACKWARD.choose(input.device)
     result: Tensor = _reverse(input, coefficient, backend)
     return result
 

@@ -73,9 +73,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _grad_gradient: None) -> tuple
     if ctx.saves and not wanted[1] and not torch.is_grad_enabled():
         scale = grad_loss.unsqueeze(ctx.dim) if ctx.reduction == "none" else grad_loss
         return (gradient * scale, *(None,) * 11)
-    compute = _BACKWARD.overloads[ctx.backend]
     options = (ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index)
-    grads = compute(grad_loss, *tensors, *options, *wanted)
+    grads = _BACKWARD.run(ctx.backend, grad_loss, *tensors, *options, *wanted)
     return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 10)
 
 
@@ -151,7 +150,8 @@ def _compute(
     reduction: str,
     ignore_index: int = -100,
 ) -> Tensor:
-    loss, _ = _FORWARD.choose(input.device)(
+    loss, _ = _FORWARD.run_on(
+        input.device,
         input,
         target,
         labels,

@@ -34,7 +34,7 @@ def _prior_setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, 
 def _prior_backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
     if all(g is None for g in grads[:3]):
         return None
-    result: Tensor = _PRIOR_BACKWARD.overloads[ctx.backend](*grads[:3], *ctx.saved_tensors)
+    result: Tensor = _PRIOR_BACKWARD.run(ctx.backend, *grads[:3], *ctx.saved_tensors)
     return result
 
 
@@ -73,7 +73,7 @@ def _variation_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 def _variation_backward(ctx: Any, grad_loss: Tensor | None, _grad_norms: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 5
-    grad = _VARIATION_BACKWARD.overloads[ctx.backend](grad_loss, *ctx.saved_tensors, *ctx.options)
+    grad = _VARIATION_BACKWARD.run(ctx.backend, grad_loss, *ctx.saved_tensors, *ctx.options)
     return grad, None, None, None, None
 
 
@@ -163,7 +163,7 @@ def image_prior_losses(img: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _checks.check_floating("img", img)
     if img.dim() != 4:
         raise ValueError(f"img must be [B, C, H, W], got shape {tuple(img.shape)}")
-    tv_l1, tv_l2, l2, _ = _PRIOR.choose(img.device)(img)
+    tv_l1, tv_l2, l2, _ = _PRIOR.run_on(img.device, img)
     return tv_l1, tv_l2, l2
 
 
@@ -216,5 +216,5 @@ def total_variation(
     if not 0 <= eps < float("inf") or (eps != 0 and norm_type != "isotropic"):
         raise ValueError(f"eps is {eps!r}; expected 0, or a positive, finite number with norm_type='isotropic'")
     images = img.unsqueeze(0) if img.dim() == 3 else img
-    loss: Tensor = _VARIATION.choose(img.device)(images, norm_type, directions, float(eps), reduction)[0]
+    loss: Tensor = _VARIATION.run_on(img.device, images, norm_type, directions, float(eps), reduction)[0]
     return loss.squeeze(0) if img.dim() == 3 and reduction == "none" else loss

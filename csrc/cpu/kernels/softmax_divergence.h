@@ -1,19 +1,24 @@
-// Divergences between softmax distributions: tiles of logits are read from memory, computed strip by strip in cache,
+// Divergences between softmax distributions: tiles of logits are read from memory, computed group by group in cache,
 // and written back.
 #pragma once
 
 #include "scratch.h"
-#include "softmax_strip.h"
+#include "softmax_group.h"
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
-// Neighbouring positions of one run. In scratch they are a row of strips, each a position (classes in the lanes) or
-// lanes<V> positions.
-template <class S>
+// Where an operand of a tile lies
+struct Place {
+  char* data;
+  int64_t class_stride, position_stride;  // in numbers
+  int64_t size;                           // of a number, in bytes
+};
+
+// Neighbouring positions of one run
 struct Tile {
-  S* scratch;
-  int64_t run, first, count;
+  int64_t first, count;  // positions
   int64_t classes;
+  Place place[operands];
 };
 
 template <bool classes_in_lanes, class V>
@@ -21,27 +26,27 @@ KDKERNELS_INLINE int64_t vectors_of(int64_t classes) {
   return classes_in_lanes ? (classes + lanes<V> - 1) / lanes<V> : classes;
 }
 
-// Where an operand of a tile lies
-struct Place {
-  void* data;
-  int64_t class_stride, position_stride;
-};
-
 // Lanes that hold no class get -inf, which has no mass; lanes that hold no position get 0.
 template <bool classes_in_lanes, class V, class T>
-KDKERNELS_INLINE void read_tile(const Tile<Scalar<V>>& tile, bool teacher, const Place& place) {
+KDKERNELS_INLINE void read_tile(const Tile& tile, bool teacher, const Place& place, Scalar<V>* scratch) {
   using S = Scalar<V>;
-  const T* source = static_cast<const T*>(place.data);
+  const T* source = reinterpret_cast<const T*>(place.data);
   const int64_t n = vectors_of<classes_in_lanes, V>(tile.classes), stride = place.class_stride;
   const int64_t between = Strip<V>::arrays * n;
-  V* const first = reinterpret_cast<V*>(tile.scratch) + (teacher ? n : 0);
+  V* const first = reinterpret_cast<V*>(scratch) + (teacher ? n : 0);
   if (classes_in_lanes) {
     for (int64_t k = 0; k < tile.count; ++k, source += place.position_stride) {
       V* const row = first + k * between;
       if (stride == 1) {
         const int64_t full = tile.classes / lanes<V>, rest = tile.classes - full * lanes<V>;
         for (int64_t i = 0; i < full; ++i) row[i] = load<V>(source + i * lanes<V>);
-        if (rest > 0) row[full] = load_part<V>(source + full * lanes<V>, rest, -math::infinity<V>);
+        if (rest > 0) {
+          // What lies behind the row is more of the tensor, except behind the last.
+          const T* const end = source + full * lanes<V>;
+          const bool more = k + 1 < tile.count && place.position_stride >= lanes<V>;
+          row[full] =
+              more ? keep_lanes(load<V>(end), rest, -math::infinity<V>) : load_part<V>(end, rest, -math::infinity<V>);
+        }
       } else {
         row[n - 1] = splat<V>(-math::infinity<V>);
         S* const flat = reinterpret_cast<S*>(row);
@@ -66,12 +71,12 @@ KDKERNELS_INLINE void read_tile(const Tile<Scalar<V>>& tile, bool teacher, const
 }
 
 template <bool classes_in_lanes, class V, class T>
-KDKERNELS_INLINE void write_tile(const Tile<Scalar<V>>& tile, bool teacher, const Place& place) {
+KDKERNELS_INLINE void write_tile(const Tile& tile, bool teacher, const Place& place, const Scalar<V>* scratch) {
   using S = Scalar<V>;
-  T* destination = static_cast<T*>(place.data);
+  T* destination = reinterpret_cast<T*>(place.data);
   const int64_t n = vectors_of<classes_in_lanes, V>(tile.classes), stride = place.class_stride;
   const int64_t between = Strip<V>::arrays * n;
-  const V* const first = reinterpret_cast<const V*>(tile.scratch) + (teacher ? n : 0);
+  const V* const first = reinterpret_cast<const V*>(scratch) + (teacher ? n : 0);
   if (classes_in_lanes) {
     for (int64_t k = 0; k < tile.count; ++k, destination += place.position_stride) {
       const V* const row = first + k * between;
@@ -97,10 +102,7 @@ KDKERNELS_INLINE void write_tile(const Tile<Scalar<V>>& tile, bool teacher, cons
   }
 }
 
-KDKERNELS_INLINE bool is_ignored(const SoftmaxCall& call, int64_t position) {
-  return call.labels != nullptr && call.labels[position] == call.ignored_label;
-}
-
+// What the gradient at a position is multiplied with: grad_output and the weight of the term
 template <class S>
 KDKERNELS_INLINE S scale_of(const SoftmaxCall& call, int64_t position, double weight) {
   const S* grad_output = static_cast<const S*>(call.grad_output);
@@ -108,83 +110,129 @@ KDKERNELS_INLINE S scale_of(const SoftmaxCall& call, int64_t position, double we
   return S(grad * weight * call.normalizer);
 }
 
+KDKERNELS_INLINE bool is_ignored(const SoftmaxCall& call, int64_t position) {
+  return call.labels != nullptr && call.labels[position] == call.ignored_label;
+}
+
+// What an ignored position holds must not matter, even if it is NaN.
 template <bool classes_in_lanes, class V>
-KDKERNELS_INLINE void clear_position(const Strip<V>& strip, int64_t l) {
-  for (int64_t i = 0; i < strip.n; ++i) {
-    if (classes_in_lanes) {
+KDKERNELS_INLINE void clear_position(const Group<classes_in_lanes, V>& group, int l) {
+  const Strip<V> strip = group.strip(classes_in_lanes ? l : 0);
+  for (int64_t i = 0; i < group.vectors; ++i) {
+    if constexpr (classes_in_lanes) {
       strip.input[i] = strip.target[i] = V{};
     } else {
-      reinterpret_cast<Scalar<V>*>(strip.input + i)[l] = reinterpret_cast<Scalar<V>*>(strip.target + i)[l] = 0;
+      set_lane(strip.input[i], l, 0);
+      set_lane(strip.target[i], l, 0);
     }
   }
 }
 
-template <bool classes_in_lanes, Divergence divergence, class V>
-KDKERNELS_INLINE double compute_tile(const SoftmaxCall& call, const StripOptions<Scalar<V>>& options,
-                                     const Tile<Scalar<V>>& tile) {
+// Gives a group the labels and scales of its positions, `count` from `position` on.
+template <bool classes_in_lanes, class V>
+KDKERNELS_INLINE void prepare_group(const SoftmaxCall& call, Group<classes_in_lanes, V>& group, int64_t position,
+                                    int count) {
   using S = Scalar<V>;
-  constexpr int64_t in_strip = classes_in_lanes ? 1 : lanes<V>;
-  const bool labels = options.labels;
-  const int64_t n = vectors_of<classes_in_lanes, V>(tile.classes);
+  const bool alike = call.grad_stride == 0;
+  group.scale = splat<V>(scale_of<S>(call, 0, call.divergence_weight));
+  group.hard_scale = splat<V>(scale_of<S>(call, 0, call.label_weight));
+  for (int l = 0; l < count && (!alike || call.labels != nullptr); ++l) {
+    if (is_ignored(call, position + l)) {
+      clear_position(group, l);
+      set_lane(group.scale, l, 0);
+      set_lane(group.hard_scale, l, 0);
+      continue;
+    }
+    if (call.labels != nullptr) set_lane(group.label, l, call.labels[position + l]);
+    if (alike) continue;
+    set_lane(group.scale, l, scale_of<S>(call, position + l, call.divergence_weight));
+    set_lane(group.hard_scale, l, scale_of<S>(call, position + l, call.label_weight));
+  }
+}
+
+template <bool classes_in_lanes, class V>
+KDKERNELS_INLINE double losses_of(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group, int64_t position,
+                                  int count) {
   double total = 0;
-  for (int64_t start = 0; start < tile.count; start += in_strip) {
-    Strip<V> strip(reinterpret_cast<V*>(tile.scratch) + start / in_strip * Strip<V>::arrays * n, n);
-    const int64_t position = tile.run * call.inner + tile.first + start;
-    const int64_t count = tile.count - start < in_strip ? tile.count - start : in_strip;
-    S scale[in_strip] = {}, hard_scale[in_strip] = {};
-    int64_t label_at[in_strip];
-    bool ignored[in_strip] = {};
-    for (int64_t l = 0; l < in_strip; ++l) {
-      label_at[l] = -1;
-      ignored[l] = l >= count || is_ignored(call, position + l);
-      if (ignored[l]) continue;
-      scale[l] = scale_of<S>(call, position + l, call.divergence_weight);
-      if (labels) {
-        hard_scale[l] = scale_of<S>(call, position + l, call.label_weight);
-        label_at[l] = classes_in_lanes ? call.labels[position + l] : call.labels[position + l] * lanes<V> + l;
-      }
+  for (int l = 0; l < count; ++l) {
+    double loss = 0;
+    if (!is_ignored(call, position + l)) {
+      if (call.divergence_weight != 0) loss += call.divergence_weight * double(lane(group.divergence, l));
+      if (call.label_weight != 0) loss += call.label_weight * double(lane(group.cross_entropy, l));
     }
-    // What an ignored position holds must not matter, even if it is NaN.
-    for (int64_t l = 0; l < count; ++l) {
-      if (ignored[l]) clear_position<classes_in_lanes>(strip, l);
+    if (call.position_loss != nullptr) static_cast<Scalar<V>*>(call.position_loss)[position + l] = Scalar<V>(loss);
+    total += loss;
+  }
+  return total;
+}
+
+// Asks for what the strips of the next tile will read and write where each class of theirs is a short piece of memory
+// far from the next. Whole rows the hardware foresees.
+template <bool classes_in_lanes, class V>
+struct FetchAhead {
+  const Tile& tile;
+  int64_t first_strip;
+
+  KDKERNELS_INLINE void operator()(int k) const {
+    const int64_t first = (first_strip + k) * lanes<V>;
+    if (classes_in_lanes || first >= tile.count) return;
+    for (const Place& place : tile.place) {
+      if (place.data == nullptr || place.position_stride != 1) continue;
+      const char* piece = place.data + first * place.size;
+      for (int64_t c = 0; c < tile.classes; ++c) prefetch(piece + c * place.class_stride * place.size);
     }
-    strip.label_at = label_at;
-    const auto spread = [](const S* values) {
-      if constexpr (classes_in_lanes) {
-        return splat<V>(values[0]);
-      } else {
-        return load<V>(values);
-      }
-    };
-    const StripResult<V> result =
-        process_strip<classes_in_lanes, divergence>(strip, options, spread(scale), spread(hard_scale));
-    for (int64_t l = 0; l < count; ++l) {
-      double loss = 0;
-      if (!ignored[l]) {
-        if (options.divergence) loss += call.divergence_weight * double(lane(result.divergence, int(l)));
-        if (labels) loss += call.label_weight * double(lane(result.cross_entropy, int(l)));
-      }
-      if (call.position_loss != nullptr) static_cast<S*>(call.position_loss)[position + l] = S(loss);
-      total += loss;
+  }
+};
+
+template <bool classes_in_lanes, Divergence divergence, class V>
+KDKERNELS_INLINE double compute_tile(const SoftmaxCall& call, const SoftmaxOptions<Scalar<V>>& options,
+                                     const Tile& tile, const Tile& next, Scalar<V>* scratch) {
+  const int64_t n = vectors_of<classes_in_lanes, V>(tile.classes);
+  V* memory = reinterpret_cast<V*>(scratch);
+  double total = 0;
+  for (int64_t start = 0, strips = 0; start < tile.count; start += lanes<V>) {
+    const int count = int(tile.count - start < lanes<V> ? tile.count - start : lanes<V>);
+    Group<classes_in_lanes, V> group;
+    group.memory = memory;
+    group.vectors = n;
+    group.strips = classes_in_lanes ? count : 1;
+    prepare_group(call, group, tile.first + start, count);
+    const FetchAhead<classes_in_lanes, V> ahead{next, strips};
+    if (options.labels) {
+      process_group<divergence, true>(group, options, ahead);
+    } else {
+      process_group<divergence, false>(group, options, ahead);
     }
+    total += losses_of(call, group, tile.first + start, count);
+    memory += group.strips * Strip<V>::arrays * n;
+    strips += group.strips;
   }
   return total;
 }
 
 KDKERNELS_INLINE Place place_of(const SoftmaxOperand& operand, const SoftmaxCall& call, int64_t run, int64_t first) {
+  if (operand.data == nullptr) return {};
   int64_t element = first * operand.inner_stride;
   for (int d = call.outer_dims - 1; d >= 0; --d) {
     element += run % call.outer_size[d] * operand.outer_stride[d];
     run /= call.outer_size[d];
   }
-  return {static_cast<char*>(operand.data) + element * size_of(operand.storage), operand.class_stride,
-          operand.inner_stride};
+  const int64_t size = size_of(operand.storage);
+  return {static_cast<char*>(operand.data) + element * size, operand.class_stride, operand.inner_stride, size};
+}
+
+KDKERNELS_INLINE Tile tile_at(const SoftmaxCall& call, int64_t item) {
+  const int64_t run = item / call.tiles_in_run, first = item % call.tiles_in_run * call.tile;
+  const int64_t rest = call.inner - first;
+  Tile tile{run * call.inner + first, rest < call.tile ? rest : call.tile, call.classes, {}};
+  for (int o = 0; o < operands; ++o) tile.place[o] = place_of(call.operand[o], call, run, first);
+  return tile;
 }
 
 template <bool classes_in_lanes, Divergence divergence, class S>
 double compute_tiles(const SoftmaxCall& call, int64_t begin, int64_t end) {
   using V = Vector<S, KDKERNELS_VECTOR_BYTES>;
-  StripOptions<S> options;
+  SoftmaxOptions<S> options;
   options.inverse_temperature = S(1 / call.temperature);
   options.beta = S(call.beta);
   options.reverse = call.reverse;
@@ -196,23 +244,22 @@ double compute_tiles(const SoftmaxCall& call, int64_t begin, int64_t end) {
   const int64_t strips = classes_in_lanes ? call.tile : (call.tile + lanes<V> - 1) / lanes<V>;
   const Scratch<S> scratch(strips * Strip<V>::arrays * vectors_of<classes_in_lanes, V>(call.classes) * lanes<V>);
   double total = 0;
+  Tile tile = tile_at(call, begin);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t run = item / call.tiles_in_run, first = item % call.tiles_in_run * call.tile;
-    const int64_t rest = call.inner - first;
-    const Tile<S> tile{scratch.get(), run, first, rest < call.tile ? rest : call.tile, call.classes};
+    const Tile next = item + 1 < end ? tile_at(call, item + 1) : Tile{};
     for (int o = student; o <= teacher; ++o) {
-      const Place place = place_of(call.operand[o], call, run, first);
-      with_storage(call.operand[o].storage,
-                   [&](auto storage) { read_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher, place); });
-    }
-    total += compute_tile<classes_in_lanes, divergence, V>(call, options, tile);
-    for (int o = student_gradient; o <= teacher_gradient; ++o) {
-      if (call.operand[o].data == nullptr) continue;
-      const Place place = place_of(call.operand[o], call, run, first);
       with_storage(call.operand[o].storage, [&](auto storage) {
-        write_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher_gradient, place);
+        read_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher, tile.place[o], scratch.get());
       });
     }
+    total += compute_tile<classes_in_lanes, divergence, V>(call, options, tile, next, scratch.get());
+    for (int o = student_gradient; o <= teacher_gradient; ++o) {
+      if (call.operand[o].data == nullptr) continue;
+      with_storage(call.operand[o].storage, [&](auto storage) {
+        write_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher_gradient, tile.place[o], scratch.get());
+      });
+    }
+    tile = next;
   }
   return total;
 }
