@@ -78,14 +78,14 @@ def check_scalar(
 def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
     """Turn a Python number into the 0-dim tensor that enters an op.
 
-    Inside a compiled graph it becomes one by multiplication: ``torch.tensor`` would compile anew for every value.
+    Inside a compiled graph it becomes one by multiplication: a constant would compile anew for every value.
     """
     if isinstance(value, Tensor):
         return value
     if torch.compiler.is_compiling():
         dtype = torch.float32 if like.device.type == "mps" else torch.float64
         return like.new_ones((), dtype=dtype) * value
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int | None, reduction: str) -> int:

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t tile_logits = 4096;    // about so many logits in a tile: they stay in the first-level cache
 constexpr int64_t tile_positions = 128;  // and at most so many positions
 constexpr int64_t row_tile_logits = 2048;
-constexpr int64_t few_classes = 32;      // up to here a lane a position is faster than classes in the lanes
+constexpr int64_t few_classes = 32;  // up to here a lane a position is faster than classes in the lanes
 constexpr int64_t max_lanes = 16;
 
 struct Arguments {

@@ -53,26 +53,14 @@ struct ExpConstants<double> {
                                    0.18182957719593876, 0.15329464536713094, 0.14644067424413199};
 };
 
-// c[first] + c[first + 1] x + ..., with short chains of operations that wait for each other (Estrin's scheme): `powers`
-// holds x, x^2, x^4, ... A recursion over the index unrolls everywhere, CUDA included.
-template <int first, int count, int level, class V, int N, int P>
-KDKERNELS_INLINE V polynomial_part(const V (&powers)[P], const Scalar<V> (&coefficients)[N]) {
-  if constexpr (count == 1) {
-    return splat<V>(coefficients[first]);
-  } else if constexpr (count <= (1 << level)) {
-    return polynomial_part<first, count, level - 1>(powers, coefficients);
-  } else {
-    constexpr int half = 1 << level;
-    return polynomial_part<first + half, count - half, level - 1>(powers, coefficients) * powers[level] +
-           polynomial_part<first, half, level - 1>(powers, coefficients);
-  }
-}
-template <class V, int N>
+// Horner's rule. A recursion over the index unrolls everywhere, CUDA included.
+template <class V, int N, int I = 0>
 KDKERNELS_INLINE V polynomial(V x, const Scalar<V> (&coefficients)[N]) {
-  constexpr int levels = N > 8 ? 4 : N > 4 ? 3 : 2;
-  V powers[levels] = {x};
-  for (int i = 1; i < levels; ++i) powers[i] = powers[i - 1] * powers[i - 1];
-  return polynomial_part<0, N, levels - 1>(powers, coefficients);
+  if constexpr (I == N - 1) {
+    return splat<V>(coefficients[I]);
+  } else {
+    return polynomial<V, N, I + 1>(x, coefficients) * x + coefficients[I];
+  }
 }
 
 // e^x = power * (1 + r + tail) with power = 2^n, r = x - n ln(2), |r| <= ln(2)/2 and tail = e^r - 1 - r

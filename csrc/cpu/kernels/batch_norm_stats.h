@@ -55,7 +55,7 @@ Moments plane_moments(const BatchNormCall& call, int64_t channel, int64_t first,
             squares.close_block();
           });
     }
-    total.merge(Moments::around(mean, count, double(sum_lanes(rest.total)), double(sum_lanes(squares.total))));
+    total.merge(Moments::around(mean, count, double(sum_lanes(rest.sum())), double(sum_lanes(squares.sum()))));
   }
   return total;
 }
@@ -97,8 +97,8 @@ KDKERNELS_INLINE void row_moments(const T* data, int64_t rows, int64_t row_strid
   }
   for (int64_t c = 0; c < valid; ++c) {
     const int w = int(c / lanes<V>), l = int(c % lanes<V>);
-    out[c] = Moments::around(sum[w].lane_sum(l) / rows, rows, double(lane(rest[w].total, l)),
-                             double(lane(squares[w].total, l)));
+    out[c] = Moments::around(sum[w].lane_sum(l) / rows, rows, double(lane(rest[w].sum(), l)),
+                             double(lane(squares[w].sum(), l)));
   }
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "scratch.h"
-#include "softmax_group.h"
+#include "softmax_passes.h"
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
@@ -26,6 +26,12 @@ KDKERNELS_INLINE int64_t vectors_of(int64_t classes) {
   return classes_in_lanes ? (classes + lanes<V> - 1) / lanes<V> : classes;
 }
 
+// Rows of numbers of the type that is computed with are read and written where they lie, without a copy.
+template <bool classes_in_lanes, class S>
+KDKERNELS_INLINE bool in_place(const Place& place) {
+  return classes_in_lanes && place.class_stride == 1 && place.size == sizeof(S);
+}
+
 // Lanes that hold no class get -inf, which has no mass; lanes that hold no position get 0.
 template <bool classes_in_lanes, class V, class T>
 KDKERNELS_INLINE void read_tile(const Tile& tile, bool teacher, const Place& place, Scalar<V>* scratch) {
@@ -39,7 +45,9 @@ KDKERNELS_INLINE void read_tile(const Tile& tile, bool teacher, const Place& pla
       V* const row = first + k * between;
       if (stride == 1) {
         const int64_t full = tile.classes / lanes<V>, rest = tile.classes - full * lanes<V>;
-        for (int64_t i = 0; i < full; ++i) row[i] = load<V>(source + i * lanes<V>);
+        if (!in_place<classes_in_lanes, S>(place)) {
+          for (int64_t i = 0; i < full; ++i) row[i] = load<V>(source + i * lanes<V>);
+        }
         if (rest > 0) {
           // What lies behind the row is more of the tensor, except behind the last.
           const T* const end = source + full * lanes<V>;
@@ -116,8 +124,9 @@ KDKERNELS_INLINE bool is_ignored(const SoftmaxCall& call, int64_t position) {
 
 // What an ignored position holds must not matter, even if it is NaN.
 template <bool classes_in_lanes, class V>
-KDKERNELS_INLINE void clear_position(const Group<classes_in_lanes, V>& group, int l) {
-  const Strip<V> strip = group.strip(classes_in_lanes ? l : 0);
+KDKERNELS_INLINE void clear_position(Group<classes_in_lanes, V>& group, int l) {
+  const int k = classes_in_lanes ? l : 0;
+  const Strip<V> strip = group.strip(k);
   for (int64_t i = 0; i < group.vectors; ++i) {
     if constexpr (classes_in_lanes) {
       strip.input[i] = strip.target[i] = V{};
@@ -125,6 +134,30 @@ KDKERNELS_INLINE void clear_position(const Group<classes_in_lanes, V>& group, in
       set_lane(strip.input[i], l, 0);
       set_lane(strip.target[i], l, 0);
     }
+  }
+  group.student.logits[k] = reinterpret_cast<const Scalar<V>*>(strip.input);
+  group.teacher.logits[k] = reinterpret_cast<const Scalar<V>*>(strip.target);
+}
+
+// Says where the strips of a group from position `start` of a tile on are read and written.
+template <bool classes_in_lanes, class V>
+KDKERNELS_INLINE void place_side(const Tile& tile, int64_t start, Group<classes_in_lanes, V>& group, bool teacher) {
+  using S = Scalar<V>;
+  Side<V>& side = teacher ? group.teacher : group.student;
+  const Place& logits = tile.place[teacher ? OperandIndex::teacher : OperandIndex::student];
+  const Place& gradient = tile.place[teacher ? teacher_gradient : student_gradient];
+  const bool logits_in_place = in_place<classes_in_lanes, S>(logits);
+  const bool gradient_in_place = in_place<classes_in_lanes, S>(gradient);
+  side.whole = gradient_in_place ? group.whole : group.vectors;
+  side.rest = gradient_in_place ? tile.classes - group.whole * lanes<V> : 0;
+  for (int k = 0; k < group.strips; ++k) {
+    const Strip<V> strip = group.strip(k);
+    S* const scratch = reinterpret_cast<S*>(teacher ? strip.target : strip.input);
+    const auto at = [&](const Place& place) {
+      return reinterpret_cast<S*>(place.data) + (start + k) * place.position_stride;
+    };
+    side.logits[k] = logits_in_place ? at(logits) : scratch;
+    side.gradient[k] = gradient_in_place ? at(gradient) : scratch;
   }
 }
 
@@ -195,7 +228,10 @@ KDKERNELS_INLINE double compute_tile(const SoftmaxCall& call, const SoftmaxOptio
     Group<classes_in_lanes, V> group;
     group.memory = memory;
     group.vectors = n;
+    group.whole = classes_in_lanes ? tile.classes / lanes<V> : n;
     group.strips = classes_in_lanes ? count : 1;
+    place_side(tile, start, group, false);
+    place_side(tile, start, group, true);
     prepare_group(call, group, tile.first + start, count);
     const FetchAhead<classes_in_lanes, V> ahead{next, strips};
     if (options.labels) {
@@ -254,7 +290,7 @@ double compute_tiles(const SoftmaxCall& call, int64_t begin, int64_t end) {
     }
     total += compute_tile<classes_in_lanes, divergence, V>(call, options, tile, next, scratch.get());
     for (int o = student_gradient; o <= teacher_gradient; ++o) {
-      if (call.operand[o].data == nullptr) continue;
+      if (call.operand[o].data == nullptr || in_place<classes_in_lanes, S>(tile.place[o])) continue;
       with_storage(call.operand[o].storage, [&](auto storage) {
         write_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher_gradient, tile.place[o], scratch.get());
       });

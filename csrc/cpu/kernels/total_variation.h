@@ -141,10 +141,10 @@ void block_sums(const ImageCall& call, int64_t item) {
   DifferenceSums& out = call.partial[item];
   out = DifferenceSums();
   for (int k = 0; k < call.directions; ++k) {
-    out.absolute[k] = double(sum_lanes(absolute[k].total));
-    out.squares[k] = double(sum_lanes(squares[k].total));
+    out.absolute[k] = double(sum_lanes(absolute[k].sum()));
+    out.squares[k] = double(sum_lanes(squares[k].sum()));
   }
-  out.pixels = double(sum_lanes(pixels.total));
+  out.pixels = double(sum_lanes(pixels.sum()));
 }
 
 template <class V, class T, bool want_absolute, bool want_squares>
