@@ -84,6 +84,8 @@ class _Function(torch.autograd.Function):
 
 def _function(overload: Any, setup: Callable[..., None], formula: Callable[..., Any]) -> type[_Function]:
     class Function(_Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*arguments: Any) -> Any:
             return overload(*arguments)

@@ -137,6 +137,16 @@ class OpContract:
             if grad == "zero":
                 assert torch.equal(a, torch.zeros_like(a))
 
+    def test_gradients_under_torch_func(self, call: Call):
+        def loss(*inputs: Tensor) -> Tensor:
+            return sum(out.sin().sum() for out in tensors_of(call.function(*inputs)) if out.is_floating_point())
+
+        leaves = _leaves(call)
+        expected = torch.autograd.grad(loss(*leaves), [leaves[i] for i in call.differentiable])
+        found = torch.func.grad(loss, call.differentiable)(*call.inputs)
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(a, b)
+
     def test_gradcheck(self, call: Call):
         assert torch.autograd.gradcheck(call.function, _leaves(call))
 

@@ -220,33 +220,10 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grads[1] is None and grads[2] is None:
             return grads[0], None, None
-        arguments = (*grads[:3], *ctx.saved_tensors, ctx.unbiased)
-        if torch.compiler.is_compiling():
-            return _TAP_BACKWARD.run(ctx.backend, *arguments), None, None
-        return _tap_backward(*arguments, ctx.backend), None, None
-
-
-class _TapBackward(torch.autograd.Function):
-    """The backward op in a form that functional transforms, which differentiate it, can take."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        *arguments, backend = inputs
-        return _TAP_BACKWARD.run(backend, *arguments)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _tap_backward_setup_context(ctx, inputs[:-1], output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_tap_backward_backward(ctx, grads[0]), None)
+        return _TAP_BACKWARD.run(ctx.backend, *grads[:3], *ctx.saved_tensors, ctx.unbiased), None, None
 
 
 _tap: Callable[..., Any] = _Tap.apply
-_tap_backward: Callable[..., Any] = _TapBackward.apply
 
 
 def batch_norm_tap(input: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor, Tensor]:

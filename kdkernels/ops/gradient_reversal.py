@@ -80,28 +80,7 @@ class _GradientReversal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if torch.compiler.is_compiling():
-            return _BACKWARD.run(ctx.backend, grads[0], *ctx.saved_tensors), None, None
-        return _scale(grads[0], *ctx.saved_tensors, ctx.backend), None, None
-
-
-class _Scale(torch.autograd.Function):
-    """The backward op in a form that functional transforms, which differentiate it, can take."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, lambd: Tensor, backend: str) -> Tensor:
-        return _BACKWARD.run(backend, grad, lambd)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, lambd, ctx.backend = inputs
-        ctx.save_for_backward(lambd)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _scale(grads[0], *ctx.saved_tensors, ctx.backend), None, None
+        return _BACKWARD.run(ctx.backend, grads[0], *ctx.saved_tensors), None, None
 
 
 class _GradientReversalLinear(torch.autograd.Function):
@@ -133,7 +112,6 @@ class _GradientReversalLinear(torch.autograd.Function):
 
 
 _reverse: Callable[..., Any] = _GradientReversal.apply
-_scale: Callable[..., Any] = _Scale.apply
 _reverse_linear: Callable[..., Any] = _GradientReversalLinear.apply
 
 

@@ -91,7 +91,7 @@ template <class V, int count, class Body, class... Steps>
 KDKERNELS_INLINE void for_each_in_steps(int64_t n, V (&totals)[count], const Body& body, const Steps&... steps) {
   math::BlockedSum<V> sums[count];
   static_assert(slots == math::BlockedSum<V>::block, "a block of a sum is what is on the way");
-  const auto for_slots = [](int64_t begin, int64_t length, const auto& step) {
+  [[maybe_unused]] const auto for_slots = [](int64_t begin, int64_t length, const auto& step) {
     for (int64_t slot = 0; slot < length; ++slot) step(begin + slot, slot);
   };
   for (int64_t begin = 0; begin < n; begin += slots) {
