@@ -71,12 +71,17 @@ class Op:
         return f"there is no backend called {backend!r}"
 
 
+def is_transformed() -> bool:
+    """Tell whether a transform of ``torch.func`` is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
 class _Function(torch.autograd.Function):
     """Calls an overload; its subclasses have the autograd formula of an op for one backend."""
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if is_transformed():
             return super().apply(*arguments)  # type: ignore[no-untyped-call]
         # torch's own apply looks at the signature of forward first, which takes as long as a small kernel.
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]

@@ -154,3 +154,29 @@ def test_a_label_out_of_range_raises_when_compiled_too():
     function = torch.compile(distillation_loss, backend="aot_eager", fullgraph=True)
     with pytest.raises(IndexError, match="is 4; expected a class from 0 to 3"):
         function(torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 4]))
+
+
+def test_gradient_that_is_given_away_is_nobody_elses():
+    """The forward's gradient may become the leaf's own; what happens to it then changes no later backward."""
+    s, t, labels = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40), torch.randint(0, 40, (6,))
+    loss = distillation_loss(s, t, labels)
+    loss.backward(retain_graph=True)
+    first = s.grad.clone()
+    s.grad.mul_(3)
+    (second,) = torch.autograd.grad(loss, s, retain_graph=True)
+    assert torch.equal(second, first)
+    second.zero_()
+    (doubled,) = torch.autograd.grad(2 * loss, s, retain_graph=True)
+    torch.testing.assert_close(doubled, 2 * first)
+    s.grad = None
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(s.grad, 2 * first)
+
+
+def test_incoming_gradients_in_a_batch():
+    s, t = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40)
+    loss = kl_div_with_logits(s, t)
+    (one,) = torch.autograd.grad(loss, s, retain_graph=True)
+    (batch,) = torch.autograd.grad(loss, s, torch.tensor([1.0, -2.0]), is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(batch, torch.stack([one, -2 * one]))

@@ -2,7 +2,7 @@
 
 Passes over memory (R a read, W a write of a tensor of logits), student gradient only: forward R R, backward R R W.
 On the CPU, where a row stays in cache, a forward that will be followed by a backward may leave the gradient at once,
-R R W, and the backward only scales it, R W.
+R R W, and the backward only scales it, R W, or, where the incoming gradient is 1, does nothing.
 """
 
 from typing import Any, Literal
@@ -59,23 +59,36 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index, ctx.saves = inputs
+    *tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index, saves = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors)
+    ctx.gradient = [output[1]] if saves else []
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _grad_gradient: None) -> tuple[Tensor | None, ...]:
-    *tensors, gradient = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:2]
     if grad_loss is None or not any(wanted):
         return (None,) * 12
     # The saved gradient is a constant to autograd; a backward that is differentiated itself computes anew.
-    if ctx.saves and not wanted[1] and not torch.is_grad_enabled():
-        scale = grad_loss.unsqueeze(ctx.dim) if ctx.reduction == "none" else grad_loss
-        return (gradient * scale, *(None,) * 11)
+    if ctx.gradient and not wanted[1] and not torch.is_grad_enabled():
+        return _saved_gradient(ctx, grad_loss), *(None,) * 11
     options = (ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index)
-    grads = _BACKWARD.run(ctx.backend, grad_loss, *tensors, *options, *wanted)
+    grads = _BACKWARD.run(ctx.backend, grad_loss, *ctx.saved_tensors, *options, *wanted)
     return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 10)
+
+
+def _saved_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    """Return the gradient that the forward left, times the incoming one.
+
+    Where that is 1, as in ``loss.backward()``, the tensor itself is given away; another backward of the same graph
+    computes it anew, to the same bits.
+    """
+    if ctx.reduction == "none":
+        return ctx.gradient[0] * grad_loss.unsqueeze(ctx.dim)  # type: ignore[no-any-return]
+    visible = type(grad_loss) is Tensor and not torch.compiler.is_compiling() and not _backends.is_transformed()
+    if visible and float(grad_loss) == 1.0:
+        return ctx.gradient.pop()  # type: ignore[no-any-return]
+    return ctx.gradient[0] * grad_loss  # type: ignore[no-any-return]
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -123,11 +136,12 @@ def _saves_gradient(input: Tensor, target: Tensor) -> bool:
     """Tell whether the forward should leave the student's gradient for the backward.
 
     Not in 16 bits: rounded before the gradient of a loss scaler multiplies it, it would underflow. Not while
-    exporting: the size would become a condition on dynamic shapes.
+    exporting: the size would become a condition on dynamic shapes. Not under a transform of ``torch.func``.
     """
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_exporting()
+        and not _backends.is_transformed()
         and input.requires_grad
         and not target.requires_grad
         and input.device.type == "cpu"
