@@ -78,25 +78,20 @@ print({op: backend for op, (backend, _) in kdkernels.build_info()["backends"]["c
 """
 
 
-def test_without_a_compiler_there_is_the_reference(source_distribution, tmp_path):
-    environment = install(source_distribution, tmp_path / "site", "none")
-    result = subprocess.run(
-        [sys.executable, "-c", CHECK, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+def backend_in(site, environment):
+    command = [sys.executable, "-c", CHECK, str(site.parent)]
+    result = subprocess.run(command, env=environment, cwd=site.parent, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "reference"
-    assert not list((tmp_path / "site").rglob("*.so"))
+    return result.stdout.strip()
 
 
-def test_the_source_distribution_builds_the_kernels(source_distribution, tmp_path):
-    environment = install(source_distribution, tmp_path / "site", "cpu")
-    result = subprocess.run(
-        [sys.executable, "-c", CHECK, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "native"
+@pytest.mark.parametrize(("build", "backend"), [("none", "reference"), ("cpu", "native")])
+def test_the_source_distribution_installs(source_distribution, tmp_path, build, backend):
+    """With the kernels, and without a compiler."""
+    site = tmp_path / "site"
+    environment = install(source_distribution, site, build)
+    assert backend_in(site, environment) == backend
+    assert bool(list(site.rglob("*.so"))) == (build == "cpu")
 
 
 @pytest.mark.slow
@@ -108,9 +103,5 @@ def test_isolated_build(source_distribution, tmp_path):
         check=True,
         cwd=tmp_path,
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    result = subprocess.run(
-        [sys.executable, "-c", CHECK, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert result.stdout.strip() == "native", result.stderr
+    site = tmp_path / "site"
+    assert backend_in(site, {**os.environ, "PYTHONPATH": str(site)}) == "native"

@@ -33,7 +33,7 @@ def stats(input: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(_reduced(input))
     distance = x - _by_channel(mean, input)
     squares = distance.square().sum(_reduced(input))
-    return mean, squares / (values_per_channel(input) - unbiased), distance.mean(_reduced(input))
+    return mean, squares / (values_per_channel(input) - int(unbiased)), distance.mean(_reduced(input))
 
 
 def tap_gradient(
@@ -47,7 +47,7 @@ def tap_gradient(
         gradient = gradient + _by_channel(grad_mean, input) / count
     if grad_var is not None:
         mean = x.mean(_reduced(input), keepdim=True).squeeze(0)
-        gradient = gradient + 2 / (count - unbiased) * _by_channel(grad_var, input) * (x - mean)
+        gradient = gradient + 2 / (count - int(unbiased)) * _by_channel(grad_var, input) * (x - mean)
     return gradient.to(input.dtype)
 
 
