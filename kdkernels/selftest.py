@@ -13,6 +13,7 @@ from kdkernels import _backends
 from kdkernels.cases import Case, cases_of, families
 
 ALLOWED_ULP = 4.0
+REFERENCE_ULP = 64.0  # the reference in fp32 or less, as a backend, has plain forms and no compensated sums
 COARSE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,17 +25,19 @@ class Accuracy:
         name: of the case and the result.
         ours: error of the kernels.
         eager: error of the same formula in eager PyTorch in the same dtype.
+        allowed: what is allowed where eager PyTorch is nearer.
 
     """
 
     name: str
     ours: float
     eager: float
+    allowed: float = ALLOWED_ULP
 
     @property
     def passed(self) -> bool:
-        """Whether the error is at most eager PyTorch's, or 4 units in the last place."""
-        return self.ours <= max(self.eager, ALLOWED_ULP)
+        """Whether the error is at most eager PyTorch's, or what is allowed."""
+        return self.ours <= max(self.eager, self.allowed)
 
 
 @dataclass
@@ -151,7 +154,7 @@ def accuracy_of(
 def run(
     *, families: Iterable[str] = tuple(families()), dtypes: Iterable[torch.dtype] = COARSE, device: str = "cpu"
 ) -> Report:
-    """Compare ops with the float64 reference.
+    """Compare ops with the float64 reference: kernels up to 4 units in the last place, the reference itself up to 64.
 
     Args:
         families: names of modules in :mod:`kdkernels.cases`; all by default.
@@ -160,8 +163,11 @@ def run(
 
     """
     report = Report()
+    kernels = any(backend != "reference" for backend, _ in _backends.explain(device).values())
+    allowed = ALLOWED_ULP if kernels else REFERENCE_ULP
     for family in families:
         for dtype in dtypes:
             for case in cases_of(family, dtype, device):
-                report.rows += [Accuracy(f"{family}, {row.name}", row.ours, row.eager) for row in accuracy_of(case)]
+                rows = accuracy_of(case)
+                report.rows += [Accuracy(f"{family}, {row.name}", row.ours, row.eager, allowed) for row in rows]
     return report

@@ -6,7 +6,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.path.dirname(__
 
 import pytest
 import torch
-from contract import ACCURACY, OpContract
+from contract import ACCURACY, BACKENDS, OpContract
 from hypothesis import settings
 
 import kdkernels
@@ -26,9 +26,9 @@ def _reproducible():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Run a test on each backend of this machine."""
+    """Run a test on each backend that was built."""
     with kdkernels.set_backend(request.param):
         yield request.param
 

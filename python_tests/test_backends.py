@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from contract import BACKENDS, KERNELS
 
 import kdkernels
 from kdkernels.functional import kl_div_with_logits
@@ -44,7 +45,10 @@ def test_a_device_without_kernels_takes_the_reference():
     """The meta device has no kernels of ours."""
     s, t = (x.to("meta") for x in logits())
     assert kl_div_with_logits(s, t).device.type == "meta"
-    with kdkernels.set_backend("native"), pytest.raises(RuntimeError, match="no native kernel of softmax_divergence"):
+    with (
+        kdkernels.set_backend("native"),
+        pytest.raises(RuntimeError, match="no native kernel of softmax_divergence" if KERNELS else "KDKERNELS_BUILD"),
+    ):
         kl_div_with_logits(s, t)
 
 
@@ -62,15 +66,21 @@ def test_choice_is_guarded_in_compiled_code():
     function(s, t)
     with kdkernels.set_backend("reference"):
         function(s, t)
-    assert [name.rsplit(".", 1)[1] for name in seen] == ["native", "reference"]
+    assert seen[0].endswith("." + BACKENDS[0])
+    assert seen[-1].endswith(".reference")
 
 
 def test_build_info_explains():
     info = kdkernels.build_info()
     assert info["version"] == kdkernels.__version__
-    assert info["compiled"]["_C"]["torch_target"] == "2.11"
     backend, reason = info["backends"]["cpu"]["softmax_divergence"]
-    assert (backend, reason) == ("native", "the first choice")
+    if KERNELS:
+        assert info["compiled"]["_C"]["torch_target"] == "2.11"
+        assert (backend, reason) == ("native", "the first choice")
+    else:
+        assert "_C" in info["missing"]
+        assert backend == "reference"
+        assert "KDKERNELS_BUILD was none" in reason
     assert "_cuda" in info["missing"]
 
 

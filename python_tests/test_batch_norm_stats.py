@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from contract import Call, OpContract
+from contract import Call, OpContract, of_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,6 +163,7 @@ def test_deviation_of_a_constant_has_gradient_0(backend):
     assert torch.equal(grad, torch.zeros_like(x))
 
 
+@of_kernels
 def test_large_mean_does_not_spoil_variance_and_gradient():
     x = torch.randn(16, 4, 20, 20) + 1000.0
     with kdkernels.set_backend("reference"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import Call, OpContract
+from contract import Call, OpContract, of_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,6 +145,7 @@ def test_beta_is_the_teachers_share():
     torch.testing.assert_close(js_div_with_logits(s, t, beta=1.0), kl_div_with_logits(s, t, reverse=True))
 
 
+@of_kernels
 @pytest.mark.parametrize("function", [kl_div_with_logits, js_div_with_logits])
 @pytest.mark.parametrize("classes", [3, 19, 1000])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
