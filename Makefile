@@ -32,7 +32,7 @@ $(VENV)/.build: $(VENV)/.dependencies setup.py $(CSRC)
 	touch $@
 
 demo: $(VENV)/.build
-	@echo "== distilling a digit classifier without data: about 2 minutes, results in build/demo/"
+	@echo "== distilling a digit classifier without data: about half a minute, results in build/demo/"
 	$(BIN)/python -m kdkernels demo
 
 test: $(VENV)/.build
