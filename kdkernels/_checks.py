@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdkernels import _backends
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
 
@@ -45,7 +47,7 @@ def check_scalar(
 
     Args:
         name: of the argument.
-        value: what was given. The values of tensors are checked by the kernels, which read them anyway.
+        value: what was given. Values of tensors that cannot be read here are checked by the CPU kernels.
         like: the tensor that it is used with.
         minimum: the smallest accepted number; 0 with ``maximum=inf`` means positive.
         maximum: the largest accepted number; infinity and NaN are not accepted.
@@ -62,7 +64,9 @@ def check_scalar(
             raise ValueError(f"{name} is on {value.device}; expected the CPU or {like.device}")
         if value.requires_grad and not grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires grad, but no gradient is computed for it; detach it")
-        return
+        if not _readable(value):
+            return
+        value = float(value.detach())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
     positive = minimum == 0 and maximum == math.inf
@@ -73,6 +77,13 @@ def check_scalar(
         elif maximum < math.inf:
             accepted = f"a number in [{minimum:g}, {maximum:g}]"
         raise ValueError(f"{name} is {value!r}; expected {accepted}")
+
+
+def _readable(scalar: Tensor) -> bool:
+    """Tell whether a tensor has a value that Python may see: on the CPU, neither traced nor transformed."""
+    plain = type(scalar) is Tensor or type(scalar) is torch.nn.Parameter
+    traced = torch.compiler.is_compiling() or _backends.is_transformed()
+    return plain and scalar.device.type == "cpu" and not traced
 
 
 def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
