@@ -156,7 +156,7 @@ def test_a_label_out_of_range_raises_when_compiled_too():
         function(torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 4]))
 
 
-def test_gradient_that_is_given_away_is_nobody_elses():
+def test_gradient_that_is_given_away_is_nobody_elses(backend):
     """The forward's gradient may become the leaf's own; what happens to it then changes no later backward."""
     s, t, labels = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40), torch.randint(0, 40, (6,))
     loss = distillation_loss(s, t, labels)
@@ -174,9 +174,22 @@ def test_gradient_that_is_given_away_is_nobody_elses():
     torch.testing.assert_close(s.grad, 2 * first)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_backward_gives_the_same_bits(backend, reduction):
+    """Also where the incoming gradient is not 1; and none after the graph was freed."""
+    s, t = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40)
+    loss = (kl_div_with_logits(s, t, temperature=3.0, reduction=reduction) * 0.3).sum()
+    first, second = (torch.autograd.grad(loss, s, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    torch.autograd.grad(loss, s)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, s)
+
+
 def test_incoming_gradients_in_a_batch():
     s, t = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40)
     loss = kl_div_with_logits(s, t)
-    (one,) = torch.autograd.grad(loss, s, retain_graph=True)
-    (batch,) = torch.autograd.grad(loss, s, torch.tensor([1.0, -2.0]), is_grads_batched=True, retain_graph=True)
-    torch.testing.assert_close(batch, torch.stack([one, -2 * one]))
+    for _ in range(2):  # with the gradient that the forward left, and without
+        (batch,) = torch.autograd.grad(loss, s, torch.tensor([1.0, -2.0]), is_grads_batched=True, retain_graph=True)
+        (one,) = torch.autograd.grad(loss, s, retain_graph=True)
+        torch.testing.assert_close(batch, torch.stack([one, -2 * one]))

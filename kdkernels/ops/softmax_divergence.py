@@ -59,36 +59,41 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index, saves = inputs
+    *tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index, ctx.saves = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors)
-    ctx.gradient = [output[1]] if saves else []
+    ctx.gradient = [output[1]] if ctx.saves else []
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _grad_gradient: None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:2]
     if grad_loss is None or not any(wanted):
         return (None,) * 12
+    arguments = (*ctx.saved_tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index)
     # The saved gradient is a constant to autograd; a backward that is differentiated itself computes anew.
-    if ctx.gradient and not wanted[1] and not torch.is_grad_enabled():
-        return _saved_gradient(ctx, grad_loss), *(None,) * 11
-    options = (ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index)
-    grads = _BACKWARD.run(ctx.backend, grad_loss, *ctx.saved_tensors, *options, *wanted)
+    if ctx.saves and not wanted[1] and not torch.is_grad_enabled():
+        return _scaled(_take_gradient(ctx, grad_loss, arguments), grad_loss, ctx), *(None,) * 11
+    grads = _BACKWARD.run(ctx.backend, grad_loss, *arguments, *wanted)
     return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 10)
 
 
-def _saved_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
-    """Return the gradient that the forward left, times the incoming one.
-
-    Where that is 1, as in ``loss.backward()``, the tensor itself is given away; another backward of the same graph
-    computes it anew, to the same bits.
-    """
-    if ctx.reduction == "none":
-        return ctx.gradient[0] * grad_loss.unsqueeze(ctx.dim)  # type: ignore[no-any-return]
-    visible = type(grad_loss) is Tensor and not torch.compiler.is_compiling() and not _backends.is_transformed()
-    if visible and float(grad_loss) == 1.0:
+def _take_gradient(ctx: Any, grad_loss: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    """Give away the gradient that the forward left; another backward of the same graph computes the same bits anew."""
+    try:
         return ctx.gradient.pop()  # type: ignore[no-any-return]
-    return ctx.gradient[0] * grad_loss  # type: ignore[no-any-return]
+    except IndexError:
+        return _BACKWARD.run(ctx.backend, torch.ones_like(grad_loss), *arguments, True, False)[0]  # type: ignore[no-any-return]
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor, ctx: Any) -> Tensor:
+    """Multiply with the incoming gradient, unless it is 1, as in ``loss.backward()``."""
+    if ctx.reduction == "none":
+        return gradient * grad_loss.unsqueeze(ctx.dim)
+    try:
+        is_one = not torch.compiler.is_compiling() and float(grad_loss) == 1.0
+    except RuntimeError:  # a batch of incoming gradients, or a fake one, has no value to read
+        is_one = False
+    return gradient if is_one else gradient * grad_loss
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
