@@ -5,6 +5,7 @@ is an overload of it, ``torch.ops.kdkernels.<op>.<backend>``. A public function 
 formula calls the overload of the same backend, whatever the choice is by the time of the backward.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -25,10 +26,10 @@ _debug: bool = False
 class Op:
     """An op with an overload for each backend."""
 
-    def __init__(self, name: str, backends: tuple[str, ...]) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         packet = getattr(torch.ops.kdkernels, name)
-        self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in backends}
+        self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in BACKENDS}
         self.functions: dict[str, type[_Function]] = {}
 
     def run(self, backend: str, *arguments: Any) -> Any:
@@ -48,27 +49,32 @@ class Op:
     def choose(self, device: torch.device) -> str:
         """Return the backend that computes on a device, after :func:`set_backend` and what is available there."""
         for backend in BACKENDS:
-            if _requested in ("auto", backend) and self.available(backend, device.type):
+            if _requested in ("auto", backend) and self.available(backend, device):
                 return backend
         raise RuntimeError(
             f"the backend {_requested!r} was requested, but {self.name} cannot take it on {device}: "
-            f"{self.why_not(_requested, device.type)}. set_backend('auto') takes the best that is there."
+            f"{self.why_not(_requested, device)}. set_backend('auto') takes the best that is there."
         )
 
-    def available(self, backend: str, device_type: str) -> bool:
-        """Tell whether a backend has this op for a kind of device."""
+    def available(self, backend: str, device: torch.device) -> bool:
+        """Tell whether a backend has this op for a device."""
         if backend == "reference":
             return True
-        return backend in self.overloads and (self.name, backend, device_type) in _kernels
+        if (self.name, backend, device.type) not in _kernels:
+            return False
+        return backend != "native" or device.type != "cuda" or _loader.why_not_device(device.index) is None
 
-    def why_not(self, backend: str, device_type: str) -> str:
+    def why_not(self, backend: str, device: torch.device) -> str:
         """Say why a backend is not available."""
+        reason = None
         if backend == "native":
-            reason = _loader.why_missing(device_type)
-            return reason or f"kdkernels has no native kernel of {self.name} for devices of type {device_type!r}"
-        if backend == "triton":
-            return f"kdkernels has no Triton kernel of {self.name} for devices of type {device_type!r}"
-        return f"there is no backend called {backend!r}"
+            reason = _loader.why_missing(device.type)
+            if reason is None and device.type == "cuda":
+                reason = _loader.why_not_device(device.index)
+        elif backend == "triton" and device.type == "cuda":
+            reason = _loader.why_no_triton()
+        name = "Triton" if backend == "triton" else backend
+        return reason or f"kdkernels has no {name} kernel of {self.name} for devices of type {device.type!r}"
 
 
 def is_transformed() -> bool:
@@ -139,11 +145,10 @@ def define(
         backward: the autograd formula; it finds the backend of the forward in ``ctx.backend``.
 
     """
-    backends = ("native", "reference")
-    for backend in backends:
+    for backend in BACKENDS:
         _library.define(f"{name}.{backend}{signature}")
-    op = _ops[name] = Op(name, backends)
-    for backend in backends:
+    op = _ops[name] = Op(name)
+    for backend in BACKENDS:
         qualified = f"kdkernels::{name}.{backend}"
         torch.library.register_fake(qualified, fake, lib=_library)
         if backward is not None:
@@ -151,7 +156,18 @@ def define(
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
             op.functions[backend] = _function(op.overloads[backend], setup, backward)
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+    for key in _loader.triton_keys():
+        _library.impl(f"{name}.triton", _triton_launcher(reference.__module__.rpartition(".")[2], name), key)
     return op
+
+
+def _triton_launcher(family: str, name: str) -> Callable[..., Any]:
+    """Return the function ``name`` of kdkernels/triton/<family>.py, which is imported at the first call."""
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"kdkernels.triton.{family}"), name)(*arguments)
+
+    return launch
 
 
 def _with_backend(backend: str, setup_context: Callable[..., None] | None) -> Callable[..., None]:
@@ -218,17 +234,17 @@ def values_are_visible(tensor: torch.Tensor) -> bool:
 
 def explain(device_type: str) -> dict[str, tuple[str, str]]:
     """Return, for each op, the backend it takes on a kind of device and the reason."""
-    result = {}
+    device, result = torch.device(device_type), {}
     for name, op in _ops.items():
         if name.endswith("_backward"):
             continue
         try:
-            chosen = op.choose(torch.device(device_type))
+            chosen = op.choose(device)
         except RuntimeError as error:
             result[name] = ("none", str(error))
             continue
         better = BACKENDS[: BACKENDS.index(chosen)] if _requested == "auto" else ()
-        reason = "; ".join(f"not {b}: {op.why_not(b, device_type)}" for b in better)
+        reason = "; ".join(f"not {b}: {op.why_not(b, device)}" for b in better)
         if _requested != "auto":
             reason = "requested"
         result[name] = (chosen, reason or "the first choice")

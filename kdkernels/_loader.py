@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 import warnings
@@ -14,6 +15,7 @@ from kdkernels._version import __version__
 _LIBRARIES = {"_C": "CPU kernels", "_cuda": "CUDA kernels"}
 _missing: dict[str, str] = {}
 _compiled: dict[str, Any] = {}
+_devices: dict[int, str | None] = {}
 
 
 def load_libraries() -> None:
@@ -39,6 +41,44 @@ def load_libraries() -> None:
 def why_missing(device_type: str) -> str | None:
     """Why no native kernels are loaded for a device, or None where they are."""
     return _missing.get({"cpu": "_C", "cuda": "_cuda"}.get(device_type, ""))
+
+
+@torch.compiler.assume_constant_result
+def why_not_device(index: int | None) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU, or None where they can; compared before the first launch."""
+    if "_cuda" not in _compiled or not torch.cuda.is_initialized():
+        return None  # nothing runs, as on the fake tensors of a machine without a GPU
+    index = torch.cuda.current_device() if index is None else index
+    if index not in _devices:
+        _devices[index] = _compare(torch.cuda.get_device_capability(index), _compiled["_cuda"]["architectures"])
+    return _devices[index]
+
+
+def _compare(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Say why none of the architectures, such as "sm_90" or "compute_90" (PTX), serves a capability."""
+    major, minor = capability
+    for architecture in architectures:
+        kind, number = architecture.rstrip("af").split("_")
+        at = divmod(int(number), 10)
+        # Machine code runs on later minor versions, PTX on everything later.
+        if (kind == "sm" and at[0] == major and at[1] <= minor) or (kind == "compute" and at <= (major, minor)):
+            return None
+    return (
+        f"the GPU has compute capability {major}.{minor}, but the CUDA kernels were compiled for "
+        f"{', '.join(architectures)}; build with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def why_no_triton() -> str | None:
+    """Why there is no Triton backend, or None where there is."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+
+
+def triton_keys() -> tuple[str, ...]:
+    """For which dispatch keys the Triton kernels are registered; on the CPU they run in Triton's interpreter."""
+    if why_no_triton() is not None:
+        return ()
+    return ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
 
 
 def build_info() -> dict[str, Any]:

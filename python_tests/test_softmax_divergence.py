@@ -70,11 +70,11 @@ class TestSoftmaxDivergence(OpContract):
                 reduction = REDUCTIONS[(i + grad) % 4] if dim else "none"
                 common = (s, t, labels, scalar(2.0), scalar(1.0), scalar(0.5), scalar(0.3), dim)
                 common = (*common, (*DIVERGENCES, "clamped_js")[i % 4], reduction, -100)
-                for save in (False, True):
+                for save in ("nothing", "gradient"):
                     yield "softmax_divergence", (*common, save)
                 grad_output = torch.randn(positions if reduction == "none" else (), requires_grad=grad)
-                yield "softmax_divergence_backward", (grad_output, *common, True, bool(i % 2))
-                yield "softmax_divergence_backward", (grad_output, *common, False, True)
+                yield "softmax_divergence_backward", (grad_output, None, *common, True, bool(i % 2))
+                yield "softmax_divergence_backward", (grad_output, None, *common, False, True)
 
     @classmethod
     def extended(cls, case, arrays, cotangents):

@@ -164,7 +164,9 @@ double run(const SoftmaxCall& call) {
 std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::optional<Tensor> labels,
                                               Tensor temperature, Tensor divergence_weight, Tensor label_weight,
                                               Tensor beta, int64_t dim, std::string divergence, std::string reduction,
-                                              int64_t ignore_index, bool save_gradient) {
+                                              int64_t ignore_index, std::string save) {
+  STD_TORCH_CHECK(save != "statistics", "the CPU kernels save a gradient or nothing");
+  const bool save_gradient = save == "gradient";
   Preparation preparation({input, target, labels, temperature, divergence_weight, label_weight, beta, dim, divergence,
                            reduction, ignore_index});
   const bool is_double = preparation.call().is_double;
@@ -173,7 +175,7 @@ std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::
     if (d != dim) loss_shape.push_back(input.size(d));
   }
   Tensor loss = torch::stable::new_empty(input, loss_shape, is_double ? ScalarType::Double : ScalarType::Float);
-  Tensor gradient = save_gradient ? new_output(input) : nothing(input);
+  Tensor gradient = save_gradient ? new_output(input) : nothing(loss);
   if (save_gradient) preparation.add(student_gradient, gradient);
   SoftmaxCall& call = preparation.finish();
   void* const loss_data = loss.mutable_data_ptr();
@@ -189,7 +191,8 @@ std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::
   return {loss, gradient};
 }
 
-std::tuple<Tensor, Tensor> softmax_divergence_backward(Tensor grad_output, Tensor input, Tensor target,
+std::tuple<Tensor, Tensor> softmax_divergence_backward(Tensor grad_output, std::optional<Tensor> /*statistics*/,
+                                                       Tensor input, Tensor target,
                                                        std::optional<Tensor> labels, Tensor temperature,
                                                        Tensor divergence_weight, Tensor label_weight, Tensor beta,
                                                        int64_t dim, std::string divergence, std::string reduction,

@@ -1,10 +1,13 @@
 """Temperature-softmax divergences from raw logits, with the cross-entropy of hard labels in the same pass.
 
 Passes over memory (R a read, W a write of a tensor of logits), student gradient only: forward R R, backward R R W.
-On the CPU, where a row stays in cache, a forward that will be followed by a backward may leave the gradient at once,
-R R W, and the backward only scales it, R W, or, where the incoming gradient is 1, does nothing.
+A forward that will be followed by a backward saves what spares it work. On the CPU, where a row stays in cache, that may
+be the gradient, R R W, which the backward only scales, R W, or, where the incoming gradient is 1, hands on as it is. On
+a GPU it is a few sums of each position, with which the backward is one pass without a reduction. Rows that do not fit
+into a GPU's shared memory are read twice by the forward.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -15,6 +18,7 @@ from kdkernels.reference import softmax_divergence as reference
 
 Reduction = Literal["none", "mean", "sum", "batchmean"]
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
+Save = Literal["nothing", "gradient", "statistics"]
 
 _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? labels, Tensor temperature, Tensor divergence_weight, Tensor label_weight, "
@@ -22,6 +26,7 @@ _ARGUMENTS = (
 )
 # Up to this size the allocator reuses warm memory, and a second tensor of it costs less than computing again.
 _SAVED_GRADIENT_BYTES = 32 << 20
+STATISTICS = 7  # numbers that a GPU's forward saves of each position
 
 
 def _check_shapes(input: Tensor, target: Tensor, labels: Tensor | None, dim: int) -> None:
@@ -38,18 +43,20 @@ def _check_shapes(input: Tensor, target: Tensor, labels: Tensor | None, dim: int
 def _fake(
     input: Tensor, target: Tensor, labels: Tensor | None, temperature: Tensor, divergence_weight: Tensor,
     label_weight: Tensor, beta: Tensor, dim: int, divergence: str, reduction: str, ignore_index: int,
-    save_gradient: bool,
+    save: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_shapes(input, target, labels, dim)
-    shape = input.shape[:dim] + input.shape[dim + 1 :] if reduction == "none" else ()
-    loss = input.new_empty(shape, dtype=reference.compute_dtype(input, target))
-    return loss, torch.empty_like(input) if save_gradient else input.new_empty(0)
+    positions = input.shape[:dim] + input.shape[dim + 1 :]
+    loss = input.new_empty(positions if reduction == "none" else (), dtype=reference.compute_dtype(input, target))
+    if save == "gradient":
+        return loss, torch.empty_like(input)
+    return loss, loss.new_empty((STATISTICS, math.prod(positions)) if save == "statistics" else 0)
 
 
 def _backward_fake(
-    grad_output: Tensor, input: Tensor, target: Tensor, labels: Tensor | None, temperature: Tensor,
-    divergence_weight: Tensor, label_weight: Tensor, beta: Tensor, dim: int, divergence: str, reduction: str,
-    ignore_index: int, input_gradient: bool, target_gradient: bool,
+    grad_output: Tensor, statistics: Tensor | None, input: Tensor, target: Tensor, labels: Tensor | None,
+    temperature: Tensor, divergence_weight: Tensor, label_weight: Tensor, beta: Tensor, dim: int, divergence: str,
+    reduction: str, ignore_index: int, input_gradient: bool, target_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_shapes(input, target, labels, dim)
     return (
@@ -59,19 +66,19 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index, ctx.saves = inputs
+    *tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index, ctx.save = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors)
-    ctx.gradient = [output[1]] if ctx.saves else []
+    ctx.save_for_backward(output[1] if ctx.save == "statistics" else None, *tensors)
+    ctx.gradient = [output[1]] if ctx.save == "gradient" else []
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, _grad_gradient: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, _grad_saved: None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:2]
     if grad_loss is None or not any(wanted):
         return (None,) * 12
     arguments = (*ctx.saved_tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index)
     # The saved gradient is a constant to autograd; a backward that is differentiated itself computes anew.
-    if ctx.saves and not wanted[1] and not torch.is_grad_enabled():
+    if ctx.save == "gradient" and not wanted[1] and not torch.is_grad_enabled():
         return _scaled(_take_gradient(ctx, grad_loss, arguments), grad_loss, ctx), *(None,) * 11
     grads = _BACKWARD.run(ctx.backend, grad_loss, *arguments, *wanted)
     return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 10)
@@ -106,22 +113,23 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate the gradients: any order, through the reference's closed forms."""
-    grad_output, input, target, labels, *scalars = ctx.saved_tensors
+    grad_output, _statistics, input, target, labels, *scalars = ctx.saved_tensors
     given = [v if want else None for v, want in zip(cotangents, ctx.wanted, strict=True)]
     if all(v is None for v in given):
-        return (None,) * 14
+        return (None,) * 15
 
     def gradients(grad_output: Tensor, input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         both = reference.gradients(grad_output, input, target, labels, tuple(scalars), *ctx.options)
         return tuple(g for g, v in zip(both, given, strict=True) if v is not None)
 
     pull_back = torch.func.vjp(gradients, grad_output, input, target)[1]
-    return (*pull_back(tuple(v for v in given if v is not None)), *(None,) * 11)
+    by_grad_output, by_input, by_target = pull_back(tuple(v for v in given if v is not None))
+    return by_grad_output, None, by_input, by_target, *(None,) * 11
 
 
 _FORWARD = _backends.define(
     "softmax_divergence",
-    f"({_ARGUMENTS}, bool save_gradient) -> (Tensor loss, Tensor gradient)",
+    f"({_ARGUMENTS}, str save) -> (Tensor loss, Tensor saved)",
     reference=reference.forward,
     fake=_fake,
     setup_context=_setup_context,
@@ -129,7 +137,8 @@ _FORWARD = _backends.define(
 )
 _BACKWARD = _backends.define(
     "softmax_divergence_backward",
-    f"(Tensor grad_output, {_ARGUMENTS}, bool input_gradient, bool target_gradient) -> (Tensor, Tensor)",
+    f"(Tensor grad_output, Tensor? statistics, {_ARGUMENTS}, bool input_gradient, bool target_gradient) "
+    "-> (Tensor, Tensor)",
     reference=reference.backward,
     fake=_backward_fake,
     setup_context=_backward_setup_context,
@@ -137,22 +146,25 @@ _BACKWARD = _backends.define(
 )
 
 
-def _saves_gradient(input: Tensor, target: Tensor) -> bool:
-    """Tell whether the forward should leave the student's gradient for the backward.
+def _what_to_save(backend: str, input: Tensor, target: Tensor) -> Save:
+    """Choose what the forward saves for the backward.
 
-    Not in 16 bits: rounded before the gradient of a loss scaler multiplies it, it would underflow. Not while
-    exporting: the size would become a condition on dynamic shapes. Not under a transform of ``torch.func``.
+    No gradient in 16 bits: rounded before the gradient of a loss scaler multiplies it, it would underflow. None while
+    exporting: the size would become a condition on dynamic shapes. None under a transform of ``torch.func``.
     """
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
+    if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
+        return "nothing"
+    if backend == "triton" or (backend == "native" and input.device.type == "cuda"):
+        return "statistics"
+    keeps_gradient = (
+        not torch.compiler.is_exporting()
         and not _backends.is_transformed()
-        and input.requires_grad
         and not target.requires_grad
         and input.device.type == "cpu"
         and input.dtype == reference.compute_dtype(input, target)
         and input.numel() * input.element_size() <= _SAVED_GRADIENT_BYTES
     )
+    return "gradient" if keeps_gradient else "nothing"
 
 
 def _compute(
@@ -169,8 +181,9 @@ def _compute(
     reduction: str,
     ignore_index: int = -100,
 ) -> Tensor:
-    loss, _ = _FORWARD.run_on(
-        input.device,
+    backend = _FORWARD.choose(input.device)
+    loss, _ = _FORWARD.run(
+        backend,
         input,
         target,
         labels,
@@ -182,7 +195,7 @@ def _compute(
         divergence,
         reduction,
         ignore_index,
-        _saves_gradient(input, target),
+        _what_to_save(backend, input, target),
     )
     return loss  # type: ignore[no-any-return]
 

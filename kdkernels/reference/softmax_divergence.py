@@ -182,9 +182,11 @@ def forward(
     divergence: str,
     reduction: str,
     ignore_index: int,
-    save_gradient: bool,
+    save: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, where it is to be saved, the gradient by ``input`` for a gradient of 1 by the loss."""
+    if save == "statistics":
+        raise NotImplementedError("the reference saves no statistics; they belong to kernels that read them")
     _check_values(labels, temperature, beta, input.shape[dim], ignore_index)
     scalars = (temperature, divergence_weight, label_weight, beta)
     problem = _Problem(input, target, labels, scalars, dim, reduction, ignore_index)
@@ -198,8 +200,8 @@ def forward(
         loss = torch.where(problem.misplaced, math.nan, loss)
     if reduction != "none":
         loss = loss.sum() * problem.normalizer
-    if not save_gradient:
-        return loss, input.new_empty(0)
+    if save == "nothing":
+        return loss, loss.new_empty(0)
     ones = torch.ones_like(loss)
     gradient, _ = gradients(ones, input, target, labels, scalars, dim, divergence, reduction, ignore_index)
     return loss, _laid_out(gradient, input)
@@ -237,6 +239,7 @@ def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
 
 def backward(
     grad_output: Tensor,
+    statistics: Tensor | None,
     input: Tensor,
     target: Tensor,
     labels: Tensor | None,
