@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
+EMULATOR := $(shell find python_tests/cuda_host -type f)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all lint bench sanitize clean
+.PHONY: help demo test test-all lint bench sanitize check-cuda-build gpu clean
 
 help:
 	@echo "make demo      distil a digit classifier without data and write build/demo/"
@@ -17,6 +18,9 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     time every op against eager PyTorch and torch.compile, and write build/bench/"
 	@echo "make sanitize  run the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make check-cuda-build  build with nvcc beside a CUDA version of PyTorch (a download of some GB), and test there"
+	@echo "make gpu       qualify a machine that has an NVIDIA GPU: build, test, benchmark with its own python3; report in"
+	@echo "               OUT (build/gpu); with DRY=1 whatever needs no device, anywhere"
 
 # What is installed once: PyTorch and what builds and tests use.
 $(VENV)/.dependencies: pyproject.toml constraints.txt
@@ -48,7 +52,7 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(EMULATOR))
 
 bench: $(VENV)/.build
 	@echo "== timing every op against eager PyTorch and torch.compile: some minutes, results in build/bench/"
@@ -65,6 +69,34 @@ sanitize: $(VENV)/.dependencies
 	$(BIN)/python -m pytest -q -m "not slow" -k "not compile and not inductor and not export and not opcheck and not demo" \
 		$(wildcard python_tests/test_*divergence.py python_tests/test_*stats.py python_tests/test_*variation.py \
 		python_tests/test_*reversal.py python_tests/test_math.py)
+
+# Three equals signs: a CPU version of PyTorch also satisfies two.
+CUDA_VENV := build/cuda/venv
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_TORCH := torch===2.13.0
+$(CUDA_VENV)/.dependencies: pyproject.toml constraints.txt
+	@echo "== creating $(CUDA_VENV) with $(CUDA_TORCH)"
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install -q "$(CUDA_TORCH)" -c constraints.txt
+	$(CUDA_BIN)/python -m pip install -q -r constraints.txt
+	touch $@
+
+check-cuda-build: $(CUDA_VENV)/.dependencies $(VENV)/.build
+	@echo "== building both libraries with nvcc, loading them, and running the tests beside a CUDA version of PyTorch"
+	rm -rf build/cuda/site && mkdir -p build/cuda/site && cp -r kdkernels build/cuda/site/
+	rm -f build/cuda/site/kdkernels/*.so
+	KDKERNELS_BUILD=cuda $(CUDA_BIN)/python setup.py -q build_ext --build-lib build/cuda/site --build-temp build/cuda/temp
+	KDKERNELS_OTHER_LIBRARY="$$(ls $(CURDIR)/kdkernels/_C.*.so)" PYTHONPATH=$(CURDIR)/build/cuda/site \
+	$(CUDA_BIN)/pytest -q python_tests/check_cuda_build.py
+	PYTHONPATH=$(CURDIR)/build/cuda/site $(CUDA_BIN)/pytest -q -m "not slow" \
+		$(wildcard python_tests/test_*divergence*.py python_tests/test_*stats.py python_tests/test_*variation.py \
+		python_tests/test_*reversal.py python_tests/test_math.py)
+
+# No virtual environment and no network: what $(PYTHON) has installed is what is tested.
+OUT ?= build/gpu
+gpu:
+	@echo "== qualifying kdkernels $(if $(DRY),without a device,on a GPU: nine minutes at most), report in $(OUT)/"
+	$(PYTHON) bench/gpu.py --output "$(OUT)" $(if $(DRY),--dry)
 
 clean:
 	rm -rf build $(VENV)/.build kdkernels/*.so

@@ -82,6 +82,19 @@ def why_no_cuda(torch_cuda: str | None) -> str | None:
     return None
 
 
+def cuda_architectures(torch_list: str) -> str:
+    """What is compiled for TORCH_CUDA_ARCH_LIST, in nvcc's words: sm_90 is machine code, compute_90 is PTX."""
+    names = []
+    for architecture in torch_list.replace(";", " ").split():
+        number, _, ptx = architecture.partition("+")
+        if not re.fullmatch(r"\d+\.\d+[af]?", number):
+            raise SystemExit(
+                f"kdkernels: TORCH_CUDA_ARCH_LIST is {torch_list!r}; expected numbers such as '8.0;9.0+PTX'"
+            )
+        names += [f"sm_{number.replace('.', '')}"] + ([f"compute_{number.replace('.', '')}"] if ptx else [])
+    return " ".join(names)
+
+
 def bound_jobs() -> None:
     """One compile job a processor, fewer where memory is short, unless MAX_JOBS says otherwise."""
     if "MAX_JOBS" in os.environ or not hasattr(os, "sysconf"):
@@ -118,7 +131,7 @@ def extensions(mode: str) -> tuple[list, dict]:
     flags = (
         ["/O2"]
         if sys.platform == "win32"
-        else ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-fno-math-errno", "-g0"]
+        else ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-fno-math-errno", "-g0"]
     )
     modules = [
         cpp_extension.CppExtension(
@@ -131,16 +144,40 @@ def extensions(mode: str) -> tuple[list, dict]:
     ]
     if missing is None:
         cpp_extension.CUDA_HOME = str(find_cuda_home(find_nvcc()[0]))
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+        architectures = cuda_architectures(os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES))
         modules.append(
             cpp_extension.CUDAExtension(
                 "kdkernels._cuda",
                 sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
+                include_dirs=[pybind11.get_include()],
                 define_macros=[*define, ("USE_CUDA", None)],
-                extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+                extra_compile_args={
+                    "cxx": [*flags, f'-DKDKERNELS_CUDA_ARCHITECTURES="{architectures}"'],
+                    "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"],
+                },
             )
         )
-    return modules, {"build_ext": cpp_extension.BuildExtension}
+    return modules, {"build_ext": _build_command(cpp_extension.BuildExtension)}
+
+
+def _build_command(base: type) -> type:
+    """A build command that keeps the objects of op.cu and op.cpp apart."""
+
+    class BuildExtension(base):
+        def build_extensions(self):
+            named_by_stem = self.compiler.object_filenames
+
+            def object_filenames(files, *arguments, **options):
+                objects = [Path(name) for name in named_by_stem(files, *arguments, **options)]
+                return [
+                    str(name.with_stem(f"{name.stem}_cu") if str(file).endswith(".cu") else name)
+                    for file, name in zip(files, objects, strict=True)
+                ]
+
+            self.compiler.object_filenames = object_filenames
+            super().build_extensions()
+
+    return BuildExtension
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ std::vector<S> evaluate(const std::string& name, std::vector<S> values, bool vec
 
 // 16-bit storage: float -> T -> float, as kernels store and load
 std::vector<float> round_trip(std::vector<float> values, const std::string& dtype) {
-  const cpu::Storage storage = dtype == "float16" ? cpu::Storage::float16 : cpu::Storage::bfloat16;
+  const Storage storage = dtype == "float16" ? Storage::float16 : Storage::bfloat16;
   cpu::round_trip(values.data(), int64_t(values.size()), storage);
   return values;
 }

@@ -227,6 +227,11 @@ def set_debug(enabled: bool) -> None:
     _debug = bool(enabled)
 
 
+def checks_values(device: torch.device) -> bool:
+    """Tell whether values are to be checked before kernels that do not check them are called."""
+    return _debug and device.type != "cpu"
+
+
 def values_are_visible(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor's values may be read here without making the host wait for a device."""
     return tensor.device.type == "cpu" or _debug

@@ -43,7 +43,7 @@ def why_missing(device_type: str) -> str | None:
     return _missing.get({"cpu": "_C", "cuda": "_cuda"}.get(device_type, ""))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not_device(index: int | None) -> str | None:
     """Why the CUDA kernels cannot run on a GPU, or None where they can; compared before the first launch."""
     if "_cuda" not in _compiled or not torch.cuda.is_initialized():
@@ -58,10 +58,15 @@ def _compare(capability: tuple[int, int], architectures: list[str]) -> str | Non
     """Say why none of the architectures, such as "sm_90" or "compute_90" (PTX), serves a capability."""
     major, minor = capability
     for architecture in architectures:
-        kind, number = architecture.rstrip("af").split("_")
-        at = divmod(int(number), 10)
-        # Machine code runs on later minor versions, PTX on everything later.
-        if (kind == "sm" and at[0] == major and at[1] <= minor) or (kind == "compute" and at <= (major, minor)):
+        kind, _, number = architecture.partition("_")
+        at = divmod(int(number.rstrip("af")), 10)
+        if number.endswith("a"):  # code for one GPU alone
+            served = at == capability
+        elif kind == "sm" or number.endswith("f"):  # later minor versions too
+            served = at[0] == major and at[1] <= minor
+        else:  # PTX: everything later
+            served = at <= capability
+        if served:
             return None
     return (
         f"the GPU has compute capability {major}.{minor}, but the CUDA kernels were compiled for "

@@ -1,12 +1,13 @@
 """Fixtures of all tests, and the report of the cases in which eager PyTorch is more accurate."""
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", "build", "inductor"))
 
 import pytest
 import torch
-from contract import ACCURACY, BACKENDS, OpContract
+from contract import ACCURACY, BACKENDS, KERNEL_BACKEND, KERNELS, OpContract, on_device
 from hypothesis import settings
 
 import kdkernels
@@ -21,7 +22,7 @@ def _reproducible():
     """Fixed seed, and NaN in every tensor that a kernel leaves unwritten."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
-    with kdkernels.set_backend("auto"):
+    with kdkernels.set_backend(KERNEL_BACKEND if KERNELS and KERNEL_BACKEND == "triton" else "auto"):
         yield
     torch.use_deterministic_algorithms(False)
 
@@ -51,7 +52,7 @@ def pytest_generate_tests(metafunc):
         ids = [f"{str(dtype).removeprefix('torch.')}: {case.name}" for dtype, case in params]
         metafunc.parametrize("case", [case for _, case in params], ids=ids)
     if "call" in metafunc.fixturenames:
-        calls = cls.calls()
+        calls = [replace(call, inputs=tuple(map(on_device, call.inputs))) for call in cls.calls()]
         metafunc.parametrize("call", calls, ids=[call.name for call in calls])
 
 

@@ -5,23 +5,69 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import emulated
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+if os.environ.get("KDKERNELS_TEST_TARGET") == "emulated":
+    emulated.install(os.environ.get("KDKERNELS_TEST_VARIANT", "plain"))
 
 import kdkernels
 from kdkernels.cases import DTYPES, Case, cases_of
 from kdkernels.selftest import Accuracy, accuracy_of, error_in_ulp, results_of, tensors_of
 
 ACCURACY: list[Accuracy] = []
+# What is tested: the kernels of the CPU, those of csrc/cuda executed on the CPU, or a backend of a GPU.
+TARGET = os.environ.get("KDKERNELS_TEST_TARGET", "cpu")
+DEVICE = "cuda" if TARGET.startswith("cuda") else "cpu"
+KERNEL_BACKEND = "triton" if TARGET.endswith("triton") else "native"
 # What the build under test has to have: a kernel that is missing for another reason fails.
 KERNELS = os.environ.get("KDKERNELS_BUILD") != "none"
-BACKENDS = ("native", "reference") if KERNELS else ("reference",)
+BACKENDS = (KERNEL_BACKEND, "reference") if KERNELS else ("reference",)
 of_kernels = pytest.mark.skipif(not KERNELS, reason="KDKERNELS_BUILD=none: there are no kernels")
+of_cpu = pytest.mark.skipif(TARGET != "cpu", reason=f"a property of the CPU kernels; under test is {TARGET}")
+
+
+def on_device(tensor: Tensor) -> Tensor:
+    """Return a tensor with the same strides on the device under test."""
+    if tensor.device.type == DEVICE:
+        return tensor
+    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+    return moved.copy_(tensor).requires_grad_(tensor.requires_grad)
+
+
+def _moved(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Scalars stay on the CPU, where users have them."""
+    return tuple(
+        on_device(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.dim() else a
+        for a in arguments
+    )
+
+
+@contextmanager
+def schedules() -> Iterator[Callable[[int], None]]:
+    """Give a function that makes work be done in another order: threads of the CPU, or of the emulated GPU."""
+    threads = torch.get_num_threads()
+    orders = ("fifo", "reverse", "warp_priority")
+
+    def choose(number: int) -> None:
+        if TARGET == "emulated":
+            emulated.set_schedule(orders[number], seed=number)
+        else:
+            torch.set_num_threads(number + 1)
+
+    try:
+        yield choose
+    finally:
+        torch.set_num_threads(threads)
+        if TARGET == "emulated":
+            emulated.set_schedule("fifo")
 
 
 @dataclass(frozen=True)
@@ -42,7 +88,7 @@ class OpContract:
 
     @classmethod
     def cases(cls, dtype: torch.dtype) -> Iterator[Case]:
-        return cases_of(cls.family, dtype)
+        return cases_of(cls.family, dtype, DEVICE)
 
     @classmethod
     def calls(cls) -> list[Call]:
@@ -61,7 +107,8 @@ class OpContract:
 
     def extended_results(self, case: Case, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
         outputs = tensors_of(case.function(*inputs))
-        arrays = [t.double().numpy().astype(np.longdouble) if t.is_floating_point() else t.numpy() for t in inputs]
+        host = [t.cpu() for t in inputs]
+        arrays = [t.double().numpy().astype(np.longdouble) if t.is_floating_point() else t.numpy() for t in host]
         generator = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).numpy() for o in outputs]
         return self.extended(case, arrays, cotangents)
@@ -97,15 +144,12 @@ class OpContract:
             assert torch.equal(tensor, copy)
 
     @of_kernels
-    def test_threads_do_not_change_a_bit(self, case: Case):
-        threads = torch.get_num_threads()
-        try:
-            results = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
+    def test_order_of_work_does_not_change_a_bit(self, case: Case):
+        results = []
+        with schedules() as choose:
+            for number in range(3):
+                choose(number)
                 results.append(results_of(case.function, case.samples[0], case.differentiable))
-        finally:
-            torch.set_num_threads(threads)
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
@@ -168,7 +212,7 @@ class OpContract:
         used: list[str] = []
 
         def backward() -> None:
-            with kdkernels.set_backend("native"), _Recorder(used):
+            with kdkernels.set_backend(KERNEL_BACKEND), _Recorder(used):
                 torch.autograd.grad(outputs, [leaves[i] for i in call.differentiable], outputs)
 
         if in_thread:
@@ -178,7 +222,7 @@ class OpContract:
         else:
             backward()
         assert used
-        assert not [name for name in used if name.endswith(".native")]
+        assert not [name for name in used if name.endswith(f".{KERNEL_BACKEND}")]
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiles_without_a_break(self, call: Call, dynamic: bool):
@@ -189,7 +233,7 @@ class OpContract:
         for name, arguments in self.op_samples():
             for backend in BACKENDS:
                 overload = getattr(getattr(torch.ops.kdkernels, name), backend)
-                torch.library.opcheck(overload, arguments)
+                torch.library.opcheck(overload, _moved(arguments))
                 count += 1
         assert count > 0
 
@@ -215,6 +259,7 @@ class OpContract:
             torch.testing.assert_close(a, b)
 
     @of_kernels
+    @of_cpu
     def test_other_instruction_sets(self):
         """The kernels compiled for older processors equal the reference too, in a process of their own."""
         code = (

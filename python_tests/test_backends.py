@@ -1,5 +1,6 @@
 """The choice of a backend, and what is said about it."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 from contract import BACKENDS, KERNELS
 
 import kdkernels
+from kdkernels import _backends, _loader
 from kdkernels.functional import kl_div_with_logits
 
 
@@ -65,6 +67,66 @@ def test_choice_is_guarded_in_compiled_code():
         function(s, t)
     assert seen[0].endswith("." + BACKENDS[0])
     assert seen[-1].endswith(".reference")
+
+
+class _OldGpu:
+    """Kernels for sm_80 and sm_90 beside a GPU of compute capability 7.5, as far as can be seen from Python."""
+
+    def __init__(self, monkeypatch):
+        ops = {op for op, _, _ in _backends._kernels} or {"softmax_divergence"}
+        kernels = {(op, backend, "cuda") for op in ops for backend in ("native", "triton")}
+        monkeypatch.setattr(_backends, "_kernels", _backends._kernels | kernels)
+        monkeypatch.setattr(_loader, "_compiled", {"_cuda": {"architectures": ["sm_80", "sm_90"]}})
+        monkeypatch.setattr(_loader, "_missing", {})
+        monkeypatch.setattr(_loader, "_devices", {})
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+
+
+def test_a_gpu_without_code_takes_triton(monkeypatch):
+    _OldGpu(monkeypatch)
+    op, device = _backends._ops["softmax_divergence"], torch.device("cuda", 0)
+    assert op.choose(device) == "triton"
+    assert "compute capability 7.5" in _backends.explain("cuda")["softmax_divergence"][1]
+    with (
+        kdkernels.set_backend("native"),
+        pytest.raises(RuntimeError, match=r"capability 7\.5, but .* compiled for sm_80, sm_90; build with"),
+    ):
+        op.choose(device)
+
+
+def test_without_triton_the_reference_is_left(monkeypatch):
+    monkeypatch.setattr(_loader, "_missing", {"_cuda": "the CUDA kernels were not built"})
+    monkeypatch.setattr(_backends, "_kernels", {k for k in _backends._kernels if k[2] != "cuda"})
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    assert _loader.triton_keys() == ()
+    backend, reason = _backends.explain("cuda")["softmax_divergence"]
+    assert backend == "reference"
+    assert "the CUDA kernels were not built" in reason
+    assert "Triton is not installed" in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "served"),
+    [
+        ((8, 0), ["sm_80"], True),
+        ((8, 9), ["sm_80"], True),  # machine code runs on later minor versions
+        ((9, 0), ["sm_80"], False),
+        ((8, 0), ["sm_86"], False),
+        ((12, 0), ["sm_80", "sm_90", "compute_90"], True),  # PTX on everything later
+        ((7, 5), ["sm_80", "compute_80"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90a", "compute_90a"], False),  # code for one GPU alone
+    ],
+)
+def test_architectures(capability, architectures, served):
+    reason = _loader._compare(capability, architectures)
+    assert (reason is None) == served
+    if not served:
+        assert f"{capability[0]}.{capability[1]}" in reason
+        assert architectures[0] in reason
 
 
 def test_build_info_explains():

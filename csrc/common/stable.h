@@ -6,6 +6,8 @@
 #error "define TORCH_TARGET_VERSION: setup.py and CMakeLists.txt do"
 #endif
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,6 +1,7 @@
 // What the kernels of the batch-norm statistics are asked to do, in plain numbers and pointers.
 #pragma once
 
+#include "../common/channel_tensor.h"
 #include "../math/batch_norm_stats.h"
 #include "capability.h"
 #include "storage.h"
@@ -9,13 +10,6 @@ namespace kdkernels::cpu {
 
 // In more precision than a double where the machine has it, so that float64 results are rounded once.
 using Moments = math::Moments<long double>;
-
-// A tensor [N, C, ...] as rows of channels (channels_last, and 2-d) or as planes of one channel each.
-struct ChannelTensor {
-  void* data = nullptr;
-  int64_t sample_stride = 0, channel_stride = 0;  // of planes; rows are row_stride apart
-  int64_t row_stride = 0;
-};
 
 struct BatchNormCall {
   Storage storage = Storage::float32;

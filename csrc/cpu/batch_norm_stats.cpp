@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/channel_layout.h"
 #include "../common/dispatch.h"
 #include "batch_norm_call.h"
 #include "memory.h"
@@ -15,44 +16,6 @@ namespace {
 
 constexpr int64_t plane_values = 512;  // planes of a channel are taken together up to so many values
 constexpr int64_t row_values = 65536;  // and rows of all channels up to so many: they stay in the second-level cache
-
-// The stride of dimensions that are stepped through evenly, all but `skipped`; nothing if they are not.
-std::optional<int64_t> even_stride(const Tensor& tensor, int64_t first, int64_t skipped) {
-  std::optional<int64_t> stride;
-  int64_t expected = 0;
-  for (int64_t d = tensor.dim() - 1; d >= first; --d) {
-    if (d == skipped || tensor.size(d) == 1) continue;
-    if (!stride) {
-      stride = tensor.stride(d);
-    } else if (tensor.stride(d) != expected) {
-      return std::nullopt;
-    }
-    expected = tensor.stride(d) * tensor.size(d);
-  }
-  return stride ? *stride : 1;
-}
-
-std::optional<ChannelTensor> as_rows(const Tensor& tensor) {
-  const auto stride = even_stride(tensor, 0, 1);
-  if (!stride || (tensor.stride(1) != 1 && tensor.size(1) > 1)) return std::nullopt;
-  return ChannelTensor{const_cast<void*>(tensor.const_data_ptr()), 0, 0, *stride};
-}
-
-std::optional<ChannelTensor> as_planes(const Tensor& tensor) {
-  const auto stride = even_stride(tensor, 2, -1);
-  if (!stride || *stride != 1) return std::nullopt;
-  return ChannelTensor{const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), 0};
-}
-
-std::optional<ChannelTensor> as_layout(const Tensor& tensor, bool rows) {
-  return rows ? as_rows(tensor) : as_planes(tensor);
-}
-
-// Whether to take a tensor as rows: where channels are neighbours in memory, or planes of one value.
-bool prefers_rows(const Tensor& tensor) {
-  const bool neighbours = tensor.stride(1) == 1 && tensor.size(1) > 1;
-  return as_rows(tensor) && (neighbours || tensor.numel() == tensor.size(0) * tensor.size(1));
-}
 
 // A call on an input that can be taken as rows or as planes
 BatchNormCall prepare(const Tensor& input) {
@@ -77,10 +40,6 @@ void run(const BatchNormCall& call, const Kernel& kernel) {
   for_each_chunk(Chunks(items, cost), [&](int64_t, int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
-ScalarType statistics_dtype(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor, Tensor> batch_norm_stats(Tensor original, bool unbiased) {
   // Odd strides are copied away.
   const Tensor input = as_layout(original, prefers_rows(original)) ? original : torch::stable::contiguous(original);
@@ -89,9 +48,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_stats(Tensor original, bool unbias
   call.partial = partial.data();
   run(call, [](const BatchNormCall& c, int64_t begin, int64_t end) { batch_norm_moments(c, begin, end); });
   const std::array<int64_t, 1> shape{call.channels};
-  Tensor mean = torch::stable::new_empty(input, shape, statistics_dtype(input));
-  Tensor var = torch::stable::new_empty(input, shape, statistics_dtype(input));
-  Tensor mean_error = torch::stable::new_empty(input, shape, statistics_dtype(input));
+  Tensor mean = torch::stable::new_empty(input, shape, compute_dtype(input));
+  Tensor var = torch::stable::new_empty(input, shape, compute_dtype(input));
+  Tensor mean_error = torch::stable::new_empty(input, shape, compute_dtype(input));
   dispatch_compute_type(call.storage == Storage::float64, [&](auto type) {
     using S = typename decltype(type)::type;
     S *const means = mean.mutable_data_ptr<S>(), *const variances = var.mutable_data_ptr<S>();
@@ -157,12 +116,9 @@ Tensor batch_norm_tap_backward(std::optional<Tensor> grad_output, std::optional<
 template <class Body>
 void for_each_layer(const std::vector<int64_t>& channels, const std::string& mode, const std::string& moment,
                     const Body& body) {
-  const math::StatMode stat_mode = mode == "l2"        ? math::StatMode::l2
-                                   : mode == "squared" ? math::StatMode::squared
-                                                       : math::StatMode::gaussian_kl;
   int64_t first = 0;
   for (size_t layer = 0; layer < channels.size(); ++layer) {
-    body(layer, first, math::StatDistance{stat_mode, moment == "std", double(channels[layer])});
+    body(layer, first, stat_distance(mode, moment, channels[layer]));
     first += channels[layer];
   }
 }

@@ -5,23 +5,10 @@
 #include <sys/mman.h>
 #endif
 
-#include "../common/stable.h"
+#include "../common/dispatch.h"
 #include "storage.h"
 
 namespace kdkernels::cpu {
-
-inline Storage storage_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Storage::float64;
-    case ScalarType::Half:
-      return Storage::float16;
-    case ScalarType::BFloat16:
-      return Storage::bfloat16;
-    default:
-      return Storage::float32;
-  }
-}
 
 // The C allocator maps an output above this size anew for every call, and the first write to each page then
 // costs a fault and its clearing. Asked for huge pages, the system does that 512 times less often.
@@ -43,8 +30,5 @@ inline Tensor with_huge_pages(Tensor output) {
 // An uninitialized tensor laid out like another: what a kernel will fill in full
 inline Tensor new_output(const Tensor& like) { return with_huge_pages(torch::stable::empty_like(like)); }
 inline Tensor new_output(const Tensor& like, ScalarType dtype) { return with_huge_pages(empty_like(like, dtype)); }
-
-// What an op returns where a result was not asked for
-inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, std::array<int64_t, 1>{0}); }
 
 }  // namespace kdkernels::cpu

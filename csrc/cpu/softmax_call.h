@@ -1,14 +1,11 @@
 // What the kernel of the softmax divergences is asked to do, in plain numbers and pointers.
 #pragma once
 
+#include "../common/divergence.h"
 #include "capability.h"
 #include "storage.h"
 
 namespace kdkernels::cpu {
-
-enum class Divergence { kl, js, clamped_js };
-
-enum OperandIndex { student, teacher, student_gradient, teacher_gradient, operands };
 
 struct SoftmaxOperand {
   void* data = nullptr;  // null where a gradient is not asked for

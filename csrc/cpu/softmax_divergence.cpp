@@ -42,24 +42,6 @@ int64_t count_valid(const int64_t* labels, int64_t positions, int64_t classes, i
   return valid;
 }
 
-struct Choice {
-  Divergence divergence;
-  bool reverse;
-};
-
-Choice choose_divergence(const std::string& name, double beta) {
-  if (name == "forward_kl") return {Divergence::kl, false};
-  if (name == "reverse_kl") return {Divergence::kl, true};
-  if (name == "clamped_js") return {Divergence::clamped_js, false};
-  STD_TORCH_CHECK(name == "js", "unknown divergence ", name);
-  if (!(beta >= 0 && beta <= 1)) {
-    throw std::invalid_argument("beta must be in [0, 1], got " + std::to_string(beta));
-  }
-  if (beta == 0) return {Divergence::kl, false};
-  if (beta == 1) return {Divergence::kl, true};
-  return {Divergence::js, false};
-}
-
 // A call in the making: its shape comes from the student's logits, operands are added one by one.
 class Preparation {
  public:
@@ -98,7 +80,8 @@ class Preparation {
 
   // The call with its runs and tiles laid out
   SoftmaxCall& finish() {
-    join_dimensions();
+    call_.outer_dims = join_dimensions(call_.outer_dims, call_.outer_size, operands,
+                                       [&](int o) { return call_.operand[o].outer_stride; });
     if (call_.outer_dims > 0) {
       const int last = --call_.outer_dims;
       call_.inner = call_.outer_size[last];
@@ -120,33 +103,13 @@ class Preparation {
 
  private:
   void read_scalars(const Arguments& a) {
-    call_.temperature = read_scalar(a.temperature);
-    if (!(call_.temperature > 0)) {
-      throw std::invalid_argument("temperature must be positive, got " + std::to_string(call_.temperature));
-    }
+    call_.temperature = checked_temperature(read_scalar(a.temperature));
     call_.beta = read_scalar(a.beta);
     call_.divergence_weight = read_scalar(a.divergence_weight);
     call_.label_weight = read_scalar(a.label_weight);
-    const Choice choice = choose_divergence(a.divergence, call_.beta);
+    const DivergenceChoice choice = choose_divergence(a.divergence, call_.beta);
     call_.divergence = choice.divergence;
     call_.reverse = choice.reverse;
-  }
-
-  // Joins neighbouring dimensions that every operand steps through evenly, and drops those of size 1.
-  void join_dimensions() {
-    int kept = 0;
-    for (int d = 0; d < call_.outer_dims; ++d) {
-      const int64_t size = call_.outer_size[d];
-      if (size == 1) continue;
-      bool even = kept > 0;
-      for (const SoftmaxOperand& o : call_.operand) {
-        even = even && o.outer_stride[kept - 1] == o.outer_stride[d] * size;
-      }
-      const int at = even ? kept - 1 : kept++;
-      call_.outer_size[at] = even ? call_.outer_size[at] * size : size;
-      for (SoftmaxOperand& o : call_.operand) o.outer_stride[at] = o.outer_stride[d];
-    }
-    call_.outer_dims = kept;
   }
 
   int64_t dim_;
@@ -191,13 +154,10 @@ std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::
   return {loss, gradient};
 }
 
-std::tuple<Tensor, Tensor> softmax_divergence_backward(Tensor grad_output, std::optional<Tensor> /*statistics*/,
-                                                       Tensor input, Tensor target,
-                                                       std::optional<Tensor> labels, Tensor temperature,
-                                                       Tensor divergence_weight, Tensor label_weight, Tensor beta,
-                                                       int64_t dim, std::string divergence, std::string reduction,
-                                                       int64_t ignore_index, bool input_gradient,
-                                                       bool target_gradient) {
+std::tuple<Tensor, Tensor> softmax_divergence_backward(
+    Tensor grad_output, std::optional<Tensor> /*statistics*/, Tensor input, Tensor target, std::optional<Tensor> labels,
+    Tensor temperature, Tensor divergence_weight, Tensor label_weight, Tensor beta, int64_t dim, std::string divergence,
+    std::string reduction, int64_t ignore_index, bool input_gradient, bool target_gradient) {
   Preparation preparation({input, target, labels, temperature, divergence_weight, label_weight, beta, dim, divergence,
                            reduction, ignore_index});
   STD_TORCH_CHECK(grad_output.scalar_type() == (preparation.call().is_double ? ScalarType::Double : ScalarType::Float),

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../common/dispatch.h"
+#include "../common/image_layout.h"
 #include "memory.h"
 #include "parallel.h"
 #include "total_variation_call.h"
@@ -15,21 +16,6 @@ namespace kdkernels::cpu {
 namespace {
 
 constexpr int64_t block_numbers = 8192;  // an item has about so many numbers
-
-enum class ImageLayout { planes, channels_last, none };
-
-// Rows that lie in memory without gaps: of one channel, or of pixels with their channels side by side
-ImageLayout layout_of(const Tensor& image) {
-  const int64_t channels = image.size(1), width = image.size(3);
-  if (channels > 1 && image.stride(1) == 1 && (width == 1 || image.stride(3) == channels)) {
-    return ImageLayout::channels_last;
-  }
-  return width == 1 || image.stride(3) == 1 ? ImageLayout::planes : ImageLayout::none;
-}
-
-ImageTensor describe(const Tensor& image) {
-  return {const_cast<void*>(image.const_data_ptr()), image.stride(0), image.stride(1), image.stride(2)};
-}
 
 // A call on images [B, C, H, W] whose layout is not `none`
 ImageCall prepare(const Tensor& image) {
@@ -87,24 +73,6 @@ Tensor gradient_of(const Tensor& image, const Kernel& kernel) {
   kernel(call);
   if (!direct) torch::stable::copy_(output, target);
   return output;
-}
-
-Tensor readable(const Tensor& image) {
-  return layout_of(image) == ImageLayout::none ? torch::stable::contiguous(image) : image;
-}
-
-// Pairs of neighbours in all images, by direction
-std::array<double, 4> pairs(const Tensor& image) {
-  const double planes = double(image.size(0) * image.size(1));
-  const double h = double(image.size(2)), w = double(image.size(3));
-  const double h1 = std::max(h - 1, 0.0), w1 = std::max(w - 1, 0.0);
-  return {planes * h * w1, planes * h1 * w, planes * h1 * w1, planes * h1 * w1};
-}
-
-double inverse(double value) { return value > 0 ? 1 / value : 0; }
-
-ScalarType compute_dtype(const Tensor& image) {
-  return image.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Tensors of a few numbers, in the dtype that results have
@@ -171,19 +139,6 @@ Tensor image_prior_losses_backward(std::optional<Tensor> grad_l1, std::optional<
     call.pixels = bool(grad_norm);
     run(call, [](const ImageCall& c, int64_t begin, int64_t end) { difference_gradients(c, begin, end); });
   });
-}
-
-// The mean is over the images, or over the pairs of each direction.
-bool averages_images(const std::string& norm_type, const std::string& reduction) {
-  return reduction == "mean" && (norm_type == "l2" || norm_type == "isotropic");
-}
-
-// What the sums of a direction are multiplied by
-std::array<double, 4> weights(const Tensor& image, const std::string& norm_type, const std::string& reduction) {
-  if (reduction != "mean" || averages_images(norm_type, reduction)) return {1, 1, 1, 1};
-  auto weight = pairs(image);
-  for (double& w : weight) w = inverse(w);
-  return weight;
 }
 
 std::tuple<Tensor, Tensor> total_variation(Tensor image, std::string norm_type, int64_t directions, double eps,

@@ -1,29 +1,11 @@
 // What the kernels of the image priors are asked to do, in plain numbers and pointers.
 #pragma once
 
+#include "../common/image_tensor.h"
 #include "capability.h"
 #include "storage.h"
 
 namespace kdkernels::cpu {
-
-// An image as planes of rows: a plane is a channel, or the whole image where channels are neighbours in memory;
-// pixels of a row are `step` numbers apart.
-struct ImageTensor {
-  void* data = nullptr;
-  int64_t image_stride = 0, plane_stride = 0, row_stride = 0;
-};
-
-// Sums over a block of rows: of |d| and d^2 by direction, of x^2, and the isotropic variation
-struct DifferenceSums {
-  double absolute[4] = {}, squares[4] = {};
-  double pixels = 0;
-  double isotropic = 0;
-};
-
-// What the gradient multiplies: differences and their signs by direction, and the pixel itself
-struct DifferenceCoefficients {
-  double linear[4] = {}, absolute[4] = {};
-};
 
 struct ImageCall {
   Storage storage = Storage::float32;

@@ -21,11 +21,23 @@ struct ExpConstants<float> {
   static constexpr float ln2_high = 0.693359375f;  // few bits, so that integer * ln2_high is exact
   static constexpr float ln2_low = -2.12194440e-4f;
   static constexpr int32_t sqrt_half_bits = 0x3f3504f3;
+
   // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2
-  static constexpr float exp[] = {
-      0.5f, 0.1666666716f, 0.04166645556f, 0.008333310485f, 0.001393454149f, 0.0001989198063f};
+  struct Exp {
+    static constexpr int terms = 6;
+    KDKERNELS_INLINE static constexpr float coefficient(int i) {
+      constexpr float of[] = {0.5f, 0.1666666716f, 0.04166645556f, 0.008333310485f, 0.001393454149f, 0.0001989198063f};
+      return of[i];
+    }
+  };
   // (2 atanh(s) - 2s) / s^3 as a polynomial in s^2, |s| <= 0.1716
-  static constexpr float log[] = {0.6666668653f, 0.3998831213f, 0.2960102558f};
+  struct Log {
+    static constexpr int terms = 3;
+    KDKERNELS_INLINE static constexpr float coefficient(int i) {
+      constexpr float of[] = {0.6666668653f, 0.3998831213f, 0.2960102558f};
+      return of[i];
+    }
+  };
 };
 
 template <>
@@ -38,28 +50,43 @@ struct ExpConstants<double> {
   static constexpr double ln2_high = 0.6931471803691238;
   static constexpr double ln2_low = 1.9082149292705877e-10;
   static constexpr int64_t sqrt_half_bits = 0x3fe6a09e667f3bcd;
-  static constexpr double exp[] = {0.5,
-                                   0.1666666666666667,
-                                   0.04166666666666667,
-                                   0.008333333333325544,
-                                   0.0013888888888883327,
-                                   0.00019841269876864356,
-                                   2.4801587327007187e-05,
-                                   2.755725283351691e-06,
-                                   2.75572718102198e-07,
-                                   2.5106274733573296e-08,
-                                   2.0915442297780116e-09};
-  static constexpr double log[] = {0.666666666666667,   0.39999999999886393, 0.28571428631861595, 0.22222210183700977,
-                                   0.18182957719593876, 0.15329464536713094, 0.14644067424413199};
+
+  struct Exp {
+    static constexpr int terms = 11;
+    KDKERNELS_INLINE static constexpr double coefficient(int i) {
+      constexpr double of[] = {0.5,
+                               0.1666666666666667,
+                               0.04166666666666667,
+                               0.008333333333325544,
+                               0.0013888888888883327,
+                               0.00019841269876864356,
+                               2.4801587327007187e-05,
+                               2.755725283351691e-06,
+                               2.75572718102198e-07,
+                               2.5106274733573296e-08,
+                               2.0915442297780116e-09};
+      return of[i];
+    }
+  };
+  struct Log {
+    static constexpr int terms = 7;
+    KDKERNELS_INLINE static constexpr double coefficient(int i) {
+      constexpr double of[] = {0.666666666666667,   0.39999999999886393, 0.28571428631861595, 0.22222210183700977,
+                               0.18182957719593876, 0.15329464536713094, 0.14644067424413199};
+      return of[i];
+    }
+  };
 };
 
-// Horner's rule. A recursion over the index unrolls everywhere, CUDA included.
-template <class V, int N, int I = 0>
-KDKERNELS_INLINE V polynomial(V x, const Scalar<V> (&coefficients)[N]) {
-  if constexpr (I == N - 1) {
-    return splat<V>(coefficients[I]);
+// Horner's rule. A recursion over the index unrolls everywhere, CUDA included, where a constant may be read by its
+// value only.
+template <class Series, int I = 0, class V>
+KDKERNELS_INLINE V polynomial(V x) {
+  constexpr Scalar<V> coefficient = Series::coefficient(I);
+  if constexpr (I == Series::terms - 1) {
+    return splat<V>(coefficient);
   } else {
-    return polynomial<V, N, I + 1>(x, coefficients) * x + coefficients[I];
+    return polynomial<Series, I + 1>(x) * x + coefficient;
   }
 }
 
@@ -83,7 +110,7 @@ KDKERNELS_INLINE ExpParts<V> exp_parts(V x) {
   } else {
     bits = (bit_cast<Bits<V>>(shifted) << C::mantissa_bits) + Scalar<Bits<V>>(one);
   }
-  return {bit_cast<V>(bits), r, polynomial(r, C::exp) * (r * r)};
+  return {bit_cast<V>(bits), r, polynomial<typename C::Exp>(r) * (r * r)};
 }
 
 // e^x for x <= 0 (softmax never needs more). Results below half the smallest normal number are 0; NaN stays NaN.
@@ -123,7 +150,17 @@ KDKERNELS_INLINE V log_tail(V f) {
   V s = f / (f + Scalar<V>(2));
   V z = s * s;
   V half_square = f * f * Scalar<V>(0.5);
-  return s * (half_square + polynomial(z, C::log) * z) - half_square;
+  return s * (half_square + polynomial<typename C::Log>(z) * z) - half_square;
+}
+
+// k << n for negative k too, which C++17 leaves undefined for one integer
+template <class V>
+KDKERNELS_INLINE Bits<V> shift_left(Bits<V> k, int n) {
+  if constexpr (lanes<V> == 1) {
+    return Bits<V>(typename ExpConstants<Scalar<V>>::Unsigned(k) << n);
+  } else {
+    return k << n;
+  }
 }
 
 template <class V, class Integers>
@@ -141,7 +178,7 @@ KDKERNELS_INLINE void split_exponent(V x, V& exponent, V& f) {
   using C = ExpConstants<Scalar<V>>;
   Bits<V> bits = bit_cast<Bits<V>>(x);
   Bits<V> k = (bits - C::sqrt_half_bits) >> C::mantissa_bits;
-  f = bit_cast<V>(bits - (k << C::mantissa_bits)) - Scalar<V>(1);
+  f = bit_cast<V>(Bits<V>(bits - shift_left<V>(k, C::mantissa_bits))) - Scalar<V>(1);
   exponent = to_floating<V>(k);
 }
 
@@ -175,7 +212,7 @@ KDKERNELS_INLINE Log1p<V> log1p_parts(V x) {
   using C = ExpConstants<Scalar<V>>;
   // 1 + x = 2^k (1 + f), where f = 2^-k x + (2^-k - 1) is rounded once, and is x itself near 0
   const Bits<V> k = (bit_cast<Bits<V>>(x + Scalar<V>(1)) - C::sqrt_half_bits) >> C::mantissa_bits;
-  const V inverse_power = bit_cast<V>(Bits<V>(((C::mantissa_bits == 23 ? 127 : 1023) - k) << C::mantissa_bits));
+  const V inverse_power = bit_cast<V>(shift_left<V>((C::mantissa_bits == 23 ? 127 : 1023) - k, C::mantissa_bits));
   const V f = x * inverse_power + (inverse_power - Scalar<V>(1));
   const V exponent = to_floating<V>(k);
   const V tail = log_tail(f) + exponent * C::ln2_low;

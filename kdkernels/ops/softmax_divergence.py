@@ -1,10 +1,10 @@
 """Temperature-softmax divergences from raw logits, with the cross-entropy of hard labels in the same pass.
 
 Passes over memory (R a read, W a write of a tensor of logits), student gradient only: forward R R, backward R R W.
-A forward that will be followed by a backward saves what spares it work. On the CPU, where a row stays in cache, that may
-be the gradient, R R W, which the backward only scales, R W, or, where the incoming gradient is 1, hands on as it is. On
-a GPU it is a few sums of each position, with which the backward is one pass without a reduction. Rows that do not fit
-into a GPU's shared memory are read twice by the forward.
+A forward that will be followed by a backward saves what spares it work. On the CPU, where a row stays in cache, that
+may be the gradient, R R W, which the backward only scales, R W, or, where the incoming gradient is 1, hands on as it
+is. On a GPU it is a few sums of each position, with which the backward is one pass without a reduction. Rows that do
+not fit into a GPU's shared memory are read twice by the forward.
 """
 
 import math
@@ -26,7 +26,7 @@ _ARGUMENTS = (
 )
 # Up to this size the allocator reuses warm memory, and a second tensor of it costs less than computing again.
 _SAVED_GRADIENT_BYTES = 32 << 20
-STATISTICS = 7  # numbers that a GPU's forward saves of each position
+STATISTICS = 9  # numbers that a GPU's forward saves of each position
 
 
 def _check_shapes(input: Tensor, target: Tensor, labels: Tensor | None, dim: int) -> None:
@@ -182,21 +182,12 @@ def _compute(
     ignore_index: int = -100,
 ) -> Tensor:
     backend = _FORWARD.choose(input.device)
-    loss, _ = _FORWARD.run(
-        backend,
-        input,
-        target,
-        labels,
-        _checks.scalar_tensor(temperature, input),
-        _checks.scalar_tensor(divergence_weight, input),
-        _checks.scalar_tensor(label_weight, input),
-        _checks.scalar_tensor(beta, input),
-        dim,
-        divergence,
-        reduction,
-        ignore_index,
-        _what_to_save(backend, input, target),
-    )
+    numbers = (temperature, divergence_weight, label_weight, beta)
+    scalars = tuple(_checks.scalar_tensor(number, input) for number in numbers)
+    if _backends.checks_values(input.device):
+        reference.check_values(labels, scalars[0], scalars[3], input.shape[dim], ignore_index)
+    options = (dim, divergence, reduction, ignore_index, _what_to_save(backend, input, target))
+    loss, _ = _FORWARD.run(backend, input, target, labels, *scalars, *options)
     return loss  # type: ignore[no-any-return]
 
 

@@ -155,7 +155,8 @@ class _Problem:
         self.log_p = torch.log_softmax(teacher / self.temperature, dim)
 
 
-def _check_values(labels: Tensor | None, temperature: Tensor, beta: Tensor, classes: int, ignore_index: int) -> None:
+def check_values(labels: Tensor | None, temperature: Tensor, beta: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise where a value that may be read here is not accepted."""
     if _backends.values_are_visible(temperature) and not temperature.item() > 0:
         raise ValueError(f"temperature must be positive, got {temperature.item()}")
     if _backends.values_are_visible(beta) and not 0 <= beta.item() <= 1:
@@ -187,7 +188,7 @@ def forward(
     """Return the loss and, where it is to be saved, the gradient by ``input`` for a gradient of 1 by the loss."""
     if save == "statistics":
         raise NotImplementedError("the reference saves no statistics; they belong to kernels that read them")
-    _check_values(labels, temperature, beta, input.shape[dim], ignore_index)
+    check_values(labels, temperature, beta, input.shape[dim], ignore_index)
     scalars = (temperature, divergence_weight, label_weight, beta)
     problem = _Problem(input, target, labels, scalars, dim, reduction, ignore_index)
     value = divergence_of(divergence, problem.log_q, problem.log_p, problem.beta, dim)
