@@ -15,21 +15,22 @@ constexpr unsigned most_threads = group == Group::thread                   ? 128
                                                                            : 512;
 
 // The loss of a position, in every thread of its group. `shared` has room for the logits of the position, or is null.
-template <class S, Group group, Divergence divergence>
-__device__ double position_loss(const SoftmaxCall& call, const Scalars<S>& scalars, int64_t at, int64_t label,
-                                Side kept_s, Side kept_t) {
-  constexpr int unit = Position<group>::unit;
-  const Position<group> position(call, at);
+template <class N, Group group, Divergence divergence>
+__device__ double position_loss(const SoftmaxCall& call, const Scalars<typename N::S>& scalars, int64_t at,
+                                int64_t label, Side kept_s, Side kept_t) {
+  using S = typename N::S;
+  constexpr int unit = Position<N, group>::unit;
+  const Position<N, group> position(call, at);
   const bool resident = kept_s.data != nullptr;
   // A pack begins at a multiple of its size there too.
   kept_s.data += resident ? position.shift * size_of(kept_s.storage) : 0;
   kept_t.data += resident ? position.shift * size_of(kept_t.storage) : 0;
 
-  OnlineSums<S> online_s, online_t;
+  OnlineSums<N> online_s, online_t;
   position.for_each_pack(0, 1, [&](int64_t c) {
     S s[unit], t[unit];
-    read_pack(position.side[student], c, position.classes, kept_s, s);
-    read_pack(position.side[teacher], c, position.classes, kept_t, t);
+    read_pack<N>(position.side[student], c, position.classes, kept_s, s);
+    read_pack<N>(position.side[teacher], c, position.classes, kept_t, t);
     online_s.add(s, t, scalars.inverse_temperature, scalars.labels, label - c);
     online_t.add(t, s, scalars.inverse_temperature, false, 0);
   });
@@ -46,17 +47,19 @@ __device__ double position_loss(const SoftmaxCall& call, const Scalars<S>& scala
   double loss = 0;
   Centers<S> centers;
   if (scalars.divergence) {
-    const Softmaxes<S> softmaxes(scalars.inverse_temperature, max_s, max_t, totals[0], totals[1]);
+    const Softmaxes<N> softmaxes(scalars.inverse_temperature, max_s, max_t, totals[0], totals[1]);
     const Side from_s = choose(resident, kept_s, position.side[student]);
     const Side from_t = choose(resident, kept_t, position.side[teacher]);
-    with_formula<S, divergence>(call.reverse, scalars.beta, [&](const auto& formula) {
-      centers.pivot = {formula.derivatives(softmaxes.at(max_s, likeliest[student].other)).student,
-                       formula.derivatives(softmaxes.at(likeliest[teacher].other, max_t)).teacher};
+    with_formula<N, divergence>(call.reverse, scalars.beta, [&](const auto& formula) {
+      if constexpr (!N::plain) {
+        centers.pivot = {formula.derivatives(softmaxes.at(max_s, likeliest[student].other)).student,
+                         formula.derivatives(softmaxes.at(likeliest[teacher].other, max_t)).teacher};
+      }
       Sums<S> sums;
       position.for_each_pack(0, 1, [&](int64_t c) {
         S s[unit], t[unit];
-        read_pack(from_s, c, position.classes, Side(), s);
-        read_pack(from_t, c, position.classes, Side(), t);
+        read_pack<N>(from_s, c, position.classes, Side(), s);
+        read_pack<N>(from_t, c, position.classes, Side(), t);
 #pragma unroll
         for (int k = 0; k < unit; ++k) {
           if (position.has(c + k)) formula.add(softmaxes.at(s[k], t[k]), centers.pivot, sums);
@@ -71,28 +74,31 @@ __device__ double position_loss(const SoftmaxCall& call, const Scalars<S>& scala
     });
   }
   if (scalars.labels) {
-    const S label_logit = misplaced(call, label) ? S(NAN) : read_one<S>(position.side[student], label);
-    loss += scalars.label_weight * double(CrossEntropy<S>(label_logit, max_s, totals[2]).value());
+    const S label_logit = misplaced(call, label) ? S(NAN) : read_one<N>(position.side[student], label);
+    loss += scalars.label_weight * double(CrossEntropy<N>(label_logit, max_s, totals[2]).value());
   }
   if (misplaced(call, label)) loss = double(NAN);
   if (call.statistics != nullptr && thread_in_group<group>() == 0) {
-    const S saved[statistics] = {max_s,
-                                 max_t,
-                                 totals[0],
-                                 totals[1],
-                                 totals[2],
-                                 centers.pivot.student,
-                                 centers.pivot.teacher,
-                                 centers.rest.student,
-                                 centers.rest.teacher};
-#pragma unroll
-    for (int k = 0; k < statistics; ++k) *statistic<S>(call, Statistic(k), at) = saved[k];
+    const auto save = [&](Statistic which, S number) { *statistic<S>(call, which, at) = number; };
+    save(student_max, max_s);
+    save(teacher_max, max_t);
+    save(student_sum, totals[0]);
+    save(teacher_sum, totals[1]);
+    if (scalars.labels) save(other_labels_sum, totals[2]);
+    save(student_rest, centers.rest.student);
+    save(teacher_rest, centers.rest.teacher);
+    if constexpr (!N::plain) {
+      save(student_pivot, centers.pivot.student);
+      save(teacher_pivot, centers.pivot.teacher);
+    }
   }
   return loss;
 }
 
-template <class S, Group group, Divergence divergence>
-__global__ void __launch_bounds__(most_threads<group, S>, 1) forward(const SoftmaxCall call, const SoftmaxPlan plan) {
+template <class N, Group group, Divergence divergence>
+__global__ void __launch_bounds__(most_threads<group, typename N::S>, 1)
+    forward(const SoftmaxCall call, const SoftmaxPlan plan) {
+  using S = typename N::S;
   KDKERNELS_DYNAMIC_SHARED(shared);
   const Scalars<S> scalars(call);
   const int64_t here = group_in_block<group>();
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(most_threads<group, S>, 1) forward(const Softm
     if (at >= call.positions) continue;
     const int64_t label = call.labels == nullptr ? -1 : call.labels[at];
     const bool ignored = call.labels != nullptr && label == call.ignored_label;
-    const double loss = ignored ? 0 : position_loss<S, group, divergence>(call, scalars, at, label, kept_s, kept_t);
+    const double loss = ignored ? 0 : position_loss<N, group, divergence>(call, scalars, at, label, kept_s, kept_t);
     if (thread_in_group<group>() != 0) continue;
     if (call.loss_stride != 0) static_cast<S*>(call.loss)[at] = S(loss);
     totals[0] += loss;
@@ -155,17 +161,18 @@ __global__ void __launch_bounds__(256, 1) count_kept(const SoftmaxCall call) {
   if (threadIdx.x == 0) call.kept[blockIdx.x] = kept[0];
 }
 
-template <class S, Group group, Divergence divergence>
-__device__ void position_gradients(const SoftmaxCall& call, const Scalars<S>& scalars, const SoftmaxPlan& plan,
-                                   int64_t at, int64_t label, double scale) {
-  constexpr int unit = Position<group>::unit;
-  const Position<group> position(call, at);
+template <class N, Group group, Divergence divergence>
+__device__ void position_gradients(const SoftmaxCall& call, const Scalars<typename N::S>& scalars,
+                                   const SoftmaxPlan& plan, int64_t at, int64_t label, double scale) {
+  using S = typename N::S;
+  constexpr int unit = Position<N, group>::unit;
+  const Position<N, group> position(call, at);
   const bool want_student = call.operand[student_gradient].data != nullptr;
   const bool want_teacher = call.operand[teacher_gradient].data != nullptr;
   const bool ignored = call.labels != nullptr && label == call.ignored_label, bad = !ignored && misplaced(call, label);
   const auto write = [&](int64_t c, const S(&by_student)[unit], const S(&by_teacher)[unit]) {
-    if (want_student) write_pack(position.side[student_gradient], c, position.classes, by_student);
-    if (want_teacher) write_pack(position.side[teacher_gradient], c, position.classes, by_teacher);
+    if (want_student) write_pack<N>(position.side[student_gradient], c, position.classes, by_student);
+    if (want_teacher) write_pack<N>(position.side[teacher_gradient], c, position.classes, by_teacher);
   };
   if (ignored || bad) {
     S constant[unit];
@@ -174,25 +181,30 @@ __device__ void position_gradients(const SoftmaxCall& call, const Scalars<S>& sc
   }
   const auto saved = [&](Statistic which) { return *statistic<S>(call, which, at); };
   const S max_s = saved(student_max);
-  const Softmaxes<S> softmaxes(scalars.inverse_temperature, max_s, saved(teacher_max), saved(student_sum),
+  const Softmaxes<N> softmaxes(scalars.inverse_temperature, max_s, saved(teacher_max), saved(student_sum),
                                saved(teacher_sum));
-  const Centers<S> centers{{saved(student_pivot), saved(teacher_pivot)}, {saved(student_rest), saved(teacher_rest)}};
-  const CrossEntropy<S> cross_entropy(scalars.labels ? read_one<S>(position.side[student], label) : max_s, max_s,
-                                      saved(other_labels_sum));
+  // Where classes are few, reading what is not needed would cost as much as a logit.
+  const auto if_wanted = [&](bool wanted, Statistic which) { return wanted ? saved(which) : S(0); };
+  const Centers<S> centers{
+      {if_wanted(want_student && !N::plain, student_pivot), if_wanted(want_teacher && !N::plain, teacher_pivot)},
+      {if_wanted(want_student, student_rest), if_wanted(want_teacher, teacher_rest)}};
+  const CrossEntropy<N> cross_entropy(scalars.labels ? read_one<N>(position.side[student], label) : max_s, max_s,
+                                      if_wanted(scalars.labels, other_labels_sum));
   const S soft_scale = S(scalars.divergence_weight * scale / scalars.temperature);
   const S hard_scale = S(scalars.label_weight * scale);
-  with_formula<S, divergence>(call.reverse, scalars.beta, [&](const auto& formula) {
+  with_formula<N, divergence>(call.reverse, scalars.beta, [&](const auto& formula) {
     position.for_each_pack(blockIdx.y, plan.slices, [&](int64_t c) {
       S s[unit], t[unit], by_student[unit], by_teacher[unit];
-      read_pack(position.side[student], c, position.classes, Side(), s);
-      if (scalars.divergence) read_pack(position.side[teacher], c, position.classes, Side(), t);
+      read_pack<N>(position.side[student], c, position.classes, Side(), s);
+      if (scalars.divergence) read_pack<N>(position.side[teacher], c, position.classes, Side(), t);
 #pragma unroll
       for (int k = 0; k < unit; ++k) {
         by_student[k] = by_teacher[k] = 0;
         if (scalars.divergence) {
-          const Gradients<S> gradients = formula.gradients(softmaxes.at(s[k], t[k]), centers);
-          by_student[k] = gradients.student * soft_scale;
-          by_teacher[k] = gradients.teacher * soft_scale;
+          // One side's gradient is most often all that is wanted, and what the other would take is left out then.
+          const Pair<S> pair = softmaxes.at(s[k], t[k]);
+          if (want_student) by_student[k] = formula.gradients(pair, centers).student * soft_scale;
+          if (want_teacher) by_teacher[k] = formula.gradients(pair, centers).teacher * soft_scale;
         }
         if (scalars.labels) by_student[k] += cross_entropy.gradient(s[k], max_s, c + k == label) * hard_scale;
       }
@@ -201,9 +213,10 @@ __device__ void position_gradients(const SoftmaxCall& call, const Scalars<S>& sc
   });
 }
 
-template <class S, Group group, Divergence divergence>
-__global__ void __launch_bounds__(most_threads<group, S>, 1)
+template <class N, Group group, Divergence divergence>
+__global__ void __launch_bounds__(most_threads<group, typename N::S>, 1)
     backward(const SoftmaxCall call, const SoftmaxPlan plan, unsigned kept_parts) {
+  using S = typename N::S;
   const Scalars<S> scalars(call);
   const double scale = normalizer(call, kept_parts);
   const S* const grad_output = static_cast<const S*>(call.grad_output);
@@ -211,38 +224,39 @@ __global__ void __launch_bounds__(most_threads<group, S>, 1)
     const int64_t at = first + group_in_block<group>();
     if (at >= call.positions) continue;
     const int64_t label = call.labels == nullptr ? -1 : call.labels[at];
-    position_gradients<S, group, divergence>(call, scalars, plan, at, label,
+    position_gradients<N, group, divergence>(call, scalars, plan, at, label,
                                              scale * double(grad_output[at * call.grad_stride]));
   }
 }
 
-// body(type, group, divergence), each as a compile-time constant
-template <class S, Group group, class Body>
+// body(precision, group, divergence), each as a compile-time constant
+template <class N, Group group, class Body>
 cudaError_t with_divergence(Divergence divergence, const Body& body) {
   using G = std::integral_constant<Group, group>;
   switch (divergence) {
     case Divergence::kl:
-      return body(Dtype<S>(), G(), std::integral_constant<Divergence, Divergence::kl>());
+      return body(N(), G(), std::integral_constant<Divergence, Divergence::kl>());
     case Divergence::js:
-      return body(Dtype<S>(), G(), std::integral_constant<Divergence, Divergence::js>());
+      return body(N(), G(), std::integral_constant<Divergence, Divergence::js>());
     default:
-      return body(Dtype<S>(), G(), std::integral_constant<Divergence, Divergence::clamped_js>());
+      return body(N(), G(), std::integral_constant<Divergence, Divergence::clamped_js>());
   }
 }
-template <class S, class Body>
+template <class N, class Body>
 cudaError_t with_group(const SoftmaxCall& call, const SoftmaxPlan& plan, const Body& body) {
   switch (plan.threads) {
     case SoftmaxPlan::Threads::one:
-      return with_divergence<S, Group::thread>(call.divergence, body);
+      return with_divergence<N, Group::thread>(call.divergence, body);
     case SoftmaxPlan::Threads::warp:
-      return with_divergence<S, Group::warp>(call.divergence, body);
+      return with_divergence<N, Group::warp>(call.divergence, body);
     default:
-      return with_divergence<S, Group::block>(call.divergence, body);
+      return with_divergence<N, Group::block>(call.divergence, body);
   }
 }
 template <class Body>
 cudaError_t with_variant(const SoftmaxCall& call, const SoftmaxPlan& plan, const Body& body) {
-  return call.is_double ? with_group<double>(call, plan, body) : with_group<float>(call, plan, body);
+  if (call.is_double) return with_group<Exact64>(call, plan, body);
+  return call.is_plain() ? with_group<Plain32>(call, plan, body) : with_group<Exact32>(call, plan, body);
 }
 
 }  // namespace
@@ -268,7 +282,7 @@ SoftmaxPlan plan_softmax(const SoftmaxCall& call, bool backward, int64_t most_sh
     while (!backward && plan.block > 32 && plan.row * sizes * plan.block > comfortable) plan.block /= 2;
     plan.positions = plan.block;
   } else {
-    plan.row = ceil_div(call.classes + 3, 8) * 8;
+    plan.row = ceil_div(call.classes + 7, 8) * 8;
     plan.threads = call.classes <= warp_classes ? SoftmaxPlan::Threads::warp : SoftmaxPlan::Threads::block;
     plan.block = call.classes <= warp_classes             ? 256
                  : call.classes <= 2048                   ? 128
@@ -291,9 +305,9 @@ SoftmaxPlan plan_softmax(const SoftmaxCall& call, bool backward, int64_t most_sh
 }
 
 cudaError_t launch_softmax_forward(const SoftmaxCall& call, const SoftmaxPlan& plan, cudaStream_t stream) {
-  const cudaError_t error = with_variant(call, plan, [&](auto type, auto group, auto divergence) {
-    using S = typename decltype(type)::type;
-    return launch(forward<S, group(), divergence()>, plan.grid, plan.block, plan.shared_bytes, stream, call, plan);
+  const cudaError_t error = with_variant(call, plan, [&](auto precision, auto group, auto divergence) {
+    using N = decltype(precision);
+    return launch(forward<N, group(), divergence()>, plan.grid, plan.block, plan.shared_bytes, stream, call, plan);
   });
   if (error != cudaSuccess || call.loss_stride != 0) return error;
   return launch(call.is_double ? finish<double> : finish<float>, 1, 256, 0, stream, call, plan.grid);
@@ -305,9 +319,9 @@ cudaError_t launch_softmax_backward(const SoftmaxCall& call, const SoftmaxPlan& 
     const cudaError_t error = launch(count_kept, parts, 256, 0, stream, call);
     if (error != cudaSuccess) return error;
   }
-  return with_variant(call, plan, [&](auto type, auto group, auto divergence) {
-    using S = typename decltype(type)::type;
-    return launch(backward<S, group(), divergence()>, dim3(plan.grid, plan.slices), plan.block, 0, stream, call, plan,
+  return with_variant(call, plan, [&](auto precision, auto group, auto divergence) {
+    using N = decltype(precision);
+    return launch(backward<N, group(), divergence()>, dim3(plan.grid, plan.slices), plan.block, 0, stream, call, plan,
                   parts);
   });
 }

@@ -6,26 +6,53 @@
 
 namespace kdkernels::cuda {
 
+// How precisely logits are computed with. Where both sides are stored in 16 bits their own rounding is thousands of
+// times that of a float: plain formulas do, a tenth of the instructions, without which a GPU's memory would wait.
+struct Exact32 {
+  using S = float;
+  static constexpr bool plain = false;
+};
+struct Exact64 {
+  using S = double;
+  static constexpr bool plain = false;
+};
+struct Plain32 {
+  using S = float;
+  static constexpr bool plain = true;
+};
+
 // The probabilities of one class: q of the student, p of the teacher
 template <class S>
 struct Pair {
-  S q, p, log_ratio;  // ln(p / q)
+  S q, p, log_ratio;       // ln(p / q)
+  S log_q = 0, log_p = 0;  // for plain formulas only
 };
 
+// e^x for x <= 0
+template <class N>
+__device__ __forceinline__ typename N::S power_of_e(typename N::S x) {
+  if constexpr (N::plain) {
+    return exp2f(x * 1.44269504f);
+  } else {
+    return math::exp_nonpositive(x);
+  }
+}
+
 // e^((x - max) / T). In double precision with what rounding cut off x - max, which e^x magnifies; floats are spared it.
-template <class S>
+template <class N, class S = typename N::S>
 __device__ __forceinline__ S numerator(S x, S max, S inverse_temperature) {
-  const S shifted = x - max, power = math::exp_nonpositive(shifted * inverse_temperature);
+  const S shifted = x - max, power = power_of_e<N>(shifted * inverse_temperature);
   if constexpr (sizeof(S) < 8) return power;
   return power + power * (math::difference_error(x, max, shifted) * inverse_temperature);
 }
 
 // What the softmaxes of a position need beside the logits
-template <class S>
+template <class N>
 struct Softmaxes {
+  using S = typename N::S;
   S inverse_temperature;
   S max_s, max_t, sum_s, sum_t;
-  S offset, offset_error, inverse_s, inverse_t, log_sums;
+  S offset, offset_error, inverse_s, inverse_t, log_sums, log_s, log_t;
 
   __device__ __forceinline__ Softmaxes(S inverse_temperature, S max_s, S max_t, S sum_s, S sum_t)
       : inverse_temperature(inverse_temperature),
@@ -37,15 +64,23 @@ struct Softmaxes {
         offset_error(math::difference_error(max_t, max_s, offset)),
         inverse_s(S(1) / sum_s),
         inverse_t(S(1) / sum_t),
-        log_sums(math::log_positive(sum_t / sum_s)) {}
+        log_sums(math::log_positive(sum_t / sum_s)),
+        log_s(math::log_positive(sum_s)),
+        log_t(math::log_positive(sum_t)) {}
 
-  // ln(p / q) comes from the logits themselves, rounding errors put back: near 0 it is all that a divergence depends on
   __device__ __forceinline__ Pair<S> at(S student, S teacher) const {
+    if constexpr (N::plain) {
+      const S log_q = (student - max_s) * inverse_temperature - log_s;
+      const S log_p = (teacher - max_t) * inverse_temperature - log_t;
+      return {power_of_e<N>(log_q), power_of_e<N>(log_p), log_p - log_q, log_q, log_p};
+    }
+    // ln(p / q) comes from the logits themselves, rounding errors put back: near 0 it is all that a divergence depends
+    // on.
     const S difference = teacher - student;
     const S error = math::difference_error(teacher, student, difference) - offset_error;
-    const S numerator_s = numerator(student, max_s, inverse_temperature);
-    const S numerator_t = numerator(teacher, max_t, inverse_temperature);
     const S log_ratio = ((difference - offset) + error) * inverse_temperature - log_sums;
+    const S numerator_s = numerator<N>(student, max_s, inverse_temperature);
+    const S numerator_t = numerator<N>(teacher, max_t, inverse_temperature);
     if constexpr (sizeof(S) == 8) return {numerator_s / sum_s, numerator_t / sum_t, log_ratio};  // rounded once less
     return {numerator_s * inverse_s, numerator_t * inverse_t, log_ratio};
   }
@@ -88,10 +123,20 @@ struct Centers {
 // value(sums) and rests(sums); then gradients(pair, centers).
 
 // KL(p || q), or KL(q || p) where it is reversed
-template <class S>
+template <class N>
 struct KullbackLeibler {
+  using S = typename N::S;
   using Formula = math::KullbackLeibler<S>;
   bool reverse;
+
+  __device__ __forceinline__ static typename Formula::Terms terms_of(const Pair<S>& pair) {
+    if constexpr (N::plain) {
+      const S difference = pair.q - pair.p;
+      return {math::weighted(pair.p, pair.log_ratio) + difference, difference};
+    } else {
+      return Formula::finish(pair.q, pair.p, pair.log_ratio, Formula::begin(pair.log_ratio));
+    }
+  }
 
   __device__ __forceinline__ Pair<S> turned(const Pair<S>& pair) const {
     return reverse ? Pair<S>{pair.p, pair.q, -pair.log_ratio} : pair;
@@ -102,7 +147,7 @@ struct KullbackLeibler {
   }
   __device__ __forceinline__ void add(const Pair<S>& given, const Gradients<S>& pivot, Sums<S>& sums) const {
     const Pair<S> pair = turned(given);
-    const auto terms = Formula::finish(pair.q, pair.p, pair.log_ratio, Formula::begin(pair.log_ratio));
+    const auto terms = terms_of(pair);
     sums.add(Sums<S>::value, terms.value);
     sums.add(Sums<S>::q, pair.q);
     sums.add(Sums<S>::p, pair.p);
@@ -119,7 +164,7 @@ struct KullbackLeibler {
   }
   __device__ __forceinline__ Gradients<S> gradients(const Pair<S>& given, const Centers<S>& centers) const {
     const Pair<S> pair = turned(given);
-    const auto terms = Formula::finish(pair.q, pair.p, pair.log_ratio, Formula::begin(pair.log_ratio));
+    const auto terms = terms_of(pair);
     const Gradients<S>&pivot = centers.pivot, &rest = centers.rest;
     const S of_q = reverse ? rest.teacher : rest.student, of_p = reverse ? rest.student : rest.teacher;
     const S by_q = terms.difference - pair.q * of_q;
@@ -129,15 +174,35 @@ struct KullbackLeibler {
   }
 };
 
+// Jensen-Shannon's terms as math::JensenShannon has them, from logarithms
+struct PlainJensenShannon {
+  float beta;
+
+  __device__ __forceinline__ float total(float sum_of_values, float /*far_q*/, float /*far_p*/) const {
+    return sum_of_values;
+  }
+  __device__ __forceinline__ math::PairTerms<float> terms(const Pair<float>& pair) const {
+    const float rest = 1 - beta, mean = beta * pair.p + rest * pair.q;
+    // A mean that underflows belongs to a class without weight.
+    const float log_mean = log2f(fmaxf(mean, 1e-37f)) * 0.693147181f;
+    const float by_p = beta * (pair.log_p - log_mean), by_q = rest * (pair.log_q - log_mean);
+    return {math::weighted(pair.p, by_p) + math::weighted(pair.q, by_q), by_q, by_p, 0, 0};
+  }
+};
+
 // A divergence that is a sum over the classes of math::PairTerms
 template <class S, class Formula>
 struct OfPairs {
   Formula formula;
 
   __device__ __forceinline__ math::PairTerms<S> terms_of(const Pair<S>& pair) const {
-    auto begun = formula.begin(pair.log_ratio);
-    formula.go_on(pair.log_ratio, begun);
-    return formula.finish(pair.q, pair.p, pair.log_ratio, begun);
+    if constexpr (std::is_same_v<Formula, PlainJensenShannon>) {
+      return formula.terms(pair);
+    } else {
+      auto begun = formula.begin(pair.log_ratio);
+      formula.go_on(pair.log_ratio, begun);
+      return formula.finish(pair.q, pair.p, pair.log_ratio, begun);
+    }
   }
   __device__ __forceinline__ Gradients<S> derivatives(const Pair<S>& pair) const {
     const math::PairTerms<S> terms = terms_of(pair);
@@ -169,28 +234,39 @@ struct OfPairs {
 };
 
 // body(formula) with the formula of a call. beta = 0 and 1 are the two KL; a beta that is none gives NaN everywhere.
-template <class S, Divergence divergence, class Body>
+template <class N, Divergence divergence, class Body>
 __device__ __forceinline__ void with_formula(bool reverse, double beta, const Body& body) {
+  using S = typename N::S;
   if constexpr (divergence == Divergence::kl) {
-    body(KullbackLeibler<S>{reverse});
+    // Known where it is called, the direction costs nothing class by class.
+    if (reverse) {
+      body(KullbackLeibler<N>{true});
+    } else {
+      body(KullbackLeibler<N>{false});
+    }
   } else if constexpr (divergence == Divergence::clamped_js) {
     body(OfPairs<S, math::ClampedJensenShannon<S>>{});
   } else if (beta == 0 || beta == 1) {
-    body(KullbackLeibler<S>{beta == 1});
+    body(KullbackLeibler<N>{beta == 1});
   } else {
     const S inside = beta > 0 && beta < 1 ? S(beta) : S(NAN);
-    body(OfPairs<S, math::JensenShannon<S>>{math::JensenShannon<S>(inside)});
+    if constexpr (N::plain) {
+      body(OfPairs<S, PlainJensenShannon>{{inside}});
+    } else {
+      body(OfPairs<S, math::JensenShannon<S>>{math::JensenShannon<S>(inside)});
+    }
   }
 }
 
 // The cross-entropy ln(sum e^z / e^z_y) as ln(1 + others / e^z_y), which keeps the small loss of a sure student exact
-template <class S>
+template <class N>
 struct CrossEntropy {
+  using S = typename N::S;
   S others, label, inverse_sum, shifted_label;
 
   __device__ __forceinline__ CrossEntropy(S label_logit, S max, S others)
       : others(others),
-        label(math::exp_nonpositive(label_logit - max)),
+        label(power_of_e<N>(label_logit - max)),
         inverse_sum(S(1) / (others + label)),
         shifted_label(label_logit - max) {}
 
@@ -200,7 +276,7 @@ struct CrossEntropy {
     return math::log_positive(others + label) - shifted_label;
   }
   __device__ __forceinline__ S gradient(S logit, S max, bool is_label) const {
-    return (is_label ? -others : math::exp_nonpositive(logit - max)) * inverse_sum;
+    return (is_label ? -others : power_of_e<N>(logit - max)) * inverse_sum;
   }
 };
 

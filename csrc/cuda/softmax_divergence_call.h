@@ -18,7 +18,7 @@ struct SoftmaxOperand {
 };
 
 // What a forward saves of each position, an array over the positions each: with it a backward needs no reduction.
-// kdkernels/ops/softmax_divergence.py knows how many they are.
+// kdkernels/ops/softmax_divergence.py knows how many they are. What a call does not need is neither written nor read.
 enum Statistic {
   student_max,
   teacher_max,
@@ -55,6 +55,9 @@ struct SoftmaxCall {
   void* loss = nullptr;        // one number, or one a position where loss_stride = 1
   int64_t loss_stride = 0;
   double* partial = nullptr;  // losses, one a block of the forward
+
+  // Whether both sides' logits are stored in 16 bits, for which plain formulas do
+  bool is_plain() const { return size_of(operand[student].storage) == 2 && size_of(operand[teacher].storage) == 2; }
 };
 
 // How a kernel divides the work: `group` threads a position, `positions` at a time in a block

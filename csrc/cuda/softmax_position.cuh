@@ -22,9 +22,9 @@ __device__ __forceinline__ Side choose(bool first, Side a, Side b) {
 
 // A position's sides, and the classes that a thread takes: packs of `unit`, every group_threads-th one. The first
 // pack begins `shift` numbers before the first class, where memory is aligned.
-template <Group group>
+template <class N, Group group>
 struct Position {
-  static constexpr int unit = group == Group::thread ? 1 : 4;
+  static constexpr int unit = group == Group::thread ? 1 : N::plain ? 8 : 4;
   Side side[operands];
   int64_t classes;
   int shift = 0;
@@ -63,18 +63,29 @@ struct Position {
   __device__ __forceinline__ bool has(int64_t c) const { return c >= 0 && c < classes; }
 };
 
-template <class S>
+// body(Dtype<T>()) with the type that logits are stored as: plain formulas are for 16 bits alone
+template <class N, class Body>
+__device__ __forceinline__ decltype(auto) with_logits(Storage storage, const Body& body) {
+  if constexpr (N::plain) {
+    if (storage == Storage::float16) return body(Dtype<__half>());
+    return body(Dtype<__nv_bfloat16>());
+  } else {
+    return with_storage(storage, body);
+  }
+}
+
+template <class N, class S = typename N::S>
 __device__ __forceinline__ S read_one(const Side& side, int64_t c) {
-  return with_storage(side.storage, [&](auto type) {
+  return with_logits<N>(side.storage, [&](auto type) {
     using T = typename decltype(type)::type;
     return to_compute<S>(reinterpret_cast<const T*>(side.data)[c * side.stride]);
   });
 }
 
 // The numbers from class c on, -inf for those that are no class; copied to `kept` on the way where that is somewhere
-template <int unit, class S>
+template <class N, int unit, class S>
 __device__ __forceinline__ void read_pack(Side side, int64_t c, int64_t classes, Side kept, S (&numbers)[unit]) {
-  with_storage(side.storage, [&](auto type) {
+  with_logits<N>(side.storage, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* const source = reinterpret_cast<const T*>(side.data);
     T stored[unit];
@@ -107,9 +118,9 @@ __device__ __forceinline__ void read_pack(Side side, int64_t c, int64_t classes,
   });
 }
 
-template <int unit, class S>
+template <class N, int unit, class S>
 __device__ __forceinline__ void write_pack(const Side& side, int64_t c, int64_t classes, const S (&numbers)[unit]) {
-  with_storage(side.storage, [&](auto type) {
+  with_logits<N>(side.storage, [&](auto type) {
     using T = typename decltype(type)::type;
     T* const destination = reinterpret_cast<T*>(side.data);
     if constexpr (unit > 1) {
@@ -141,8 +152,9 @@ struct Likelier {
 
 // The largest of the numbers seen so far and the sum of e^((x - largest) / T), and of e^(x - largest) without the
 // label's; in two levels, as Sums
-template <class S>
+template <class N>
 struct OnlineSums {
+  using S = typename N::S;
   Likeliest<S> largest;
   S sum = 0, others = 0, part = 0, others_part = 0;
   int terms = 0;
@@ -155,11 +167,11 @@ struct OnlineSums {
   }
   __device__ __forceinline__ void move(const Likeliest<S>& to, S inverse_temperature, bool labels) {
     const S shift = largest.logit - to.logit;
-    const S factor = math::exp_nonpositive(shift * inverse_temperature);
+    const S factor = power_of_e<N>(shift * inverse_temperature);
     sum *= factor;
     part *= factor;
     if (labels) {
-      const S hard_factor = math::exp_nonpositive(shift);
+      const S hard_factor = power_of_e<N>(shift);
       others *= hard_factor;
       others_part *= hard_factor;
     }
@@ -172,14 +184,18 @@ struct OnlineSums {
     Likeliest<S> now = largest;
 #pragma unroll
     for (int k = 0; k < unit; ++k) {
-      if (!(x[k] <= now.logit)) now = {x[k], other[k]};
+      if constexpr (N::plain) {
+        now.logit = fmaxf(now.logit, x[k]);  // NaN comes back in the sum
+      } else if (!(x[k] <= now.logit)) {
+        now = {x[k], other[k]};
+      }
     }
     if (now.logit == -math::infinity<S>) return;  // nothing but -inf so far: it has no mass
     if (now.logit != largest.logit) move(now, inverse_temperature, labels);
 #pragma unroll
     for (int k = 0; k < unit; ++k) {
-      part += numerator(x[k], now.logit, inverse_temperature);
-      if (labels && k != label) others_part += math::exp_nonpositive(x[k] - now.logit);
+      part += numerator<N>(x[k], now.logit, inverse_temperature);
+      if (labels && k != label) others_part += power_of_e<N>(x[k] - now.logit);
     }
     terms += unit;
     if (terms >= Sums<S>::terms_of_part) close_part();
