@@ -25,7 +25,7 @@ ARCHITECTURES = ("80", "90", "100", "120")
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # Kernels that meet a whole tensor load 16 bytes at a time where they can; a position a thread is read number by number,
 # and what combines partial results meets next to nothing.
-NARROW = re.compile(r"^(finish|sum_images|count_kept|stat_distance|(forward|backward)<\w+, \(Group\)0)")
+NARROW = re.compile(r"^(finish|sum_images|stat_distance|(forward|backward)<\w+, \(Group\)0)")
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ void run_forward(const OnDevice& device, SoftmaxCall call, const Tensor& like) {
 }
 
 Tensor new_statistics(const Tensor& like, const SoftmaxCall& call) {
-  return torch::stable::new_empty(like, std::array<int64_t, 2>{statistics, call.positions},
+  return torch::stable::new_empty(like, std::array<int64_t, 2>{statistics, call.positions + 1},
                                   call.is_double ? ScalarType::Double : ScalarType::Float);
 }
 
@@ -172,8 +172,6 @@ std::tuple<Tensor, Tensor> softmax_divergence_backward(Tensor grad_output, std::
   if (target_gradient) preparation.add(teacher_gradient, grad_target);
   SoftmaxCall call = finished(preparation);
   const Tensor grad = torch::stable::contiguous(grad_output);
-  const Tensor kept = workspace(input, int64_t(sizeof(int64_t)) * softmax_count_blocks(call.positions));
-  call.kept = static_cast<int64_t*>(kept.mutable_data_ptr());
   call.statistics = const_cast<void*>(statistics.const_data_ptr());
   call.grad_output = grad.const_data_ptr();
   call.grad_stride = reduction == "none" ? 1 : 0;

@@ -140,25 +140,15 @@ __device__ __forceinline__ V sum_of(const V* partial, int64_t count) {
   return total[0];
 }
 
-__device__ __forceinline__ double normalizer(const SoftmaxCall& call, int64_t kept_parts) {
-  const double divisor = call.divide_by_kept ? double(sum_of(call.kept, kept_parts)) : call.divisor;
-  return divisor > 0 ? 1 / divisor : 0;
-}
+__device__ __forceinline__ double inverse(double divisor) { return divisor > 0 ? 1 / divisor : 0; }
 
 template <class S>
 __global__ void __launch_bounds__(256, 1) finish(const SoftmaxCall call, unsigned parts) {
-  const double total = sum_of(call.partial, parts), scale = normalizer(call, parts);
-  if (threadIdx.x == 0) *static_cast<S*>(call.loss) = S(total * scale);
-}
-
-__global__ void __launch_bounds__(256, 1) count_kept(const SoftmaxCall call) {
-  int64_t kept[1] = {0};
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < call.positions;
-       at += int64_t(gridDim.x) * blockDim.x) {
-    kept[0] += call.labels[at] != call.ignored_label;
-  }
-  reduce_block(kept, Add());
-  if (threadIdx.x == 0) call.kept[blockIdx.x] = kept[0];
+  const double total = sum_of(call.partial, parts);
+  const double divisor = call.divide_by_kept ? double(sum_of(call.kept, parts)) : call.divisor;
+  if (threadIdx.x != 0) return;
+  *static_cast<S*>(call.loss) = S(total * inverse(divisor));
+  if (call.statistics != nullptr && call.divide_by_kept) *kept_positions<S>(call) = S(divisor);
 }
 
 template <class N, Group group, Divergence divergence>
@@ -215,10 +205,10 @@ __device__ void position_gradients(const SoftmaxCall& call, const Scalars<typena
 
 template <class N, Group group, Divergence divergence>
 __global__ void __launch_bounds__(most_threads<group, typename N::S>, 1)
-    backward(const SoftmaxCall call, const SoftmaxPlan plan, unsigned kept_parts) {
+    backward(const SoftmaxCall call, const SoftmaxPlan plan) {
   using S = typename N::S;
   const Scalars<S> scalars(call);
-  const double scale = normalizer(call, kept_parts);
+  const double scale = inverse(call.divide_by_kept ? double(*kept_positions<S>(call)) : call.divisor);
   const S* const grad_output = static_cast<const S*>(call.grad_output);
   for (int64_t first = blockIdx.x * plan.positions; first < call.positions; first += gridDim.x * plan.positions) {
     const int64_t at = first + group_in_block<group>();
@@ -260,12 +250,6 @@ cudaError_t with_variant(const SoftmaxCall& call, const SoftmaxPlan& plan, const
 }
 
 }  // namespace
-
-unsigned softmax_count_blocks(int64_t positions) {
-  constexpr int64_t most = 256, each = 4096;  // few enough for every block of the backward to add them up
-  const int64_t blocks = ceil_div(positions, each);
-  return unsigned(blocks < 1 ? 1 : blocks > most ? most : blocks);
-}
 
 SoftmaxPlan plan_softmax(const SoftmaxCall& call, bool backward, int64_t most_shared_bytes) {
   constexpr int64_t few_classes = 32, warp_classes = 1024;
@@ -314,15 +298,9 @@ cudaError_t launch_softmax_forward(const SoftmaxCall& call, const SoftmaxPlan& p
 }
 
 cudaError_t launch_softmax_backward(const SoftmaxCall& call, const SoftmaxPlan& plan, cudaStream_t stream) {
-  const unsigned parts = call.divide_by_kept ? softmax_count_blocks(call.positions) : 0;
-  if (call.divide_by_kept) {
-    const cudaError_t error = launch(count_kept, parts, 256, 0, stream, call);
-    if (error != cudaSuccess) return error;
-  }
   return with_variant(call, plan, [&](auto precision, auto group, auto divergence) {
     using N = decltype(precision);
-    return launch(backward<N, group(), divergence()>, dim3(plan.grid, plan.slices), plan.block, 0, stream, call, plan,
-                  parts);
+    return launch(backward<N, group(), divergence()>, dim3(plan.grid, plan.slices), plan.block, 0, stream, call, plan);
   });
 }
 

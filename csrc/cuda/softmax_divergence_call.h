@@ -17,7 +17,8 @@ struct SoftmaxOperand {
   int64_t outer_stride[most_outer_dims] = {};
 };
 
-// What a forward saves of each position, an array over the positions each: with it a backward needs no reduction.
+// What a forward saves of each position, an array over the positions each: with it a backward needs no reduction. Each
+// array has a place more; in that of the first is the number of positions that count, where the loss is divided by it.
 // kdkernels/ops/softmax_divergence.py knows how many they are. What a call does not need is neither written nor read.
 enum Statistic {
   student_max,
@@ -48,10 +49,10 @@ struct SoftmaxCall {
   int64_t ignored_label = 0;
   double divisor = 1;  // of the sum over the positions, unless it is the number of those that count:
   bool divide_by_kept = false;
-  int64_t* kept = nullptr;            // partial counts, one a block of the kernel that counts
+  int64_t* kept = nullptr;            // positions that count, by block of the forward
   const void* grad_output = nullptr;  // one number, or one a position where grad_stride = 1
   int64_t grad_stride = 0;
-  void* statistics = nullptr;  // [statistics, positions] in the type that is computed in
+  void* statistics = nullptr;  // [statistics, positions + 1] in the type that is computed in
   void* loss = nullptr;        // one number, or one a position where loss_stride = 1
   int64_t loss_stride = 0;
   double* partial = nullptr;  // losses, one a block of the forward
@@ -72,13 +73,10 @@ struct SoftmaxPlan {
 
 SoftmaxPlan plan_softmax(const SoftmaxCall& call, bool backward, int64_t most_shared_bytes);
 
-// Blocks that count, and so partial counts
-unsigned softmax_count_blocks(int64_t positions);
-
 // Fills loss and statistics, whichever are there. `plan` is that of this call's forward; partial and kept have a number
 // for each of its blocks.
 cudaError_t launch_softmax_forward(const SoftmaxCall& call, const SoftmaxPlan& plan, cudaStream_t stream);
-// Fills the gradients from the statistics; kept has a number for each of softmax_count_blocks.
+// Fills the gradients from the statistics.
 cudaError_t launch_softmax_backward(const SoftmaxCall& call, const SoftmaxPlan& plan, cudaStream_t stream);
 
 }  // namespace kdkernels::cuda

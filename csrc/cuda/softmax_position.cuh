@@ -227,7 +227,13 @@ __device__ __forceinline__ bool misplaced(const SoftmaxCall& call, int64_t label
 
 template <class S>
 __device__ __forceinline__ S* statistic(const SoftmaxCall& call, Statistic which, int64_t position) {
-  return static_cast<S*>(call.statistics) + which * call.positions + position;
+  return static_cast<S*>(call.statistics) + which * (call.positions + 1) + position;
+}
+
+// Where a forward leaves the number of positions that count
+template <class S>
+__device__ __forceinline__ S* kept_positions(const SoftmaxCall& call) {
+  return statistic<S>(call, student_max, call.positions);
 }
 
 }  // namespace kdkernels::cuda

@@ -26,7 +26,11 @@ _ARGUMENTS = (
 )
 # Up to this size the allocator reuses warm memory, and a second tensor of it costs less than computing again.
 _SAVED_GRADIENT_BYTES = 32 << 20
-STATISTICS = 9  # numbers that a GPU's forward saves of each position
+
+
+def statistics_shape(positions: int) -> tuple[int, int]:
+    """Return the shape of what a GPU's forward saves: nine numbers a position, and places for numbers of the call."""
+    return 9, positions + 1
 
 
 def _check_shapes(input: Tensor, target: Tensor, labels: Tensor | None, dim: int) -> None:
@@ -50,7 +54,7 @@ def _fake(
     loss = input.new_empty(positions if reduction == "none" else (), dtype=reference.compute_dtype(input, target))
     if save == "gradient":
         return loss, torch.empty_like(input)
-    return loss, loss.new_empty((STATISTICS, math.prod(positions)) if save == "statistics" else 0)
+    return loss, loss.new_empty(statistics_shape(math.prod(positions)) if save == "statistics" else 0)
 
 
 def _backward_fake(

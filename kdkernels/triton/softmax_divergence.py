@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kdkernels.ops.softmax_divergence import STATISTICS
+from kdkernels.ops.softmax_divergence import statistics_shape
 from kdkernels.reference import softmax_divergence as reference
 from kdkernels.triton import _softmax as kernels
 from kdkernels.triton._launch import argument, bits_of, device_of, is_zero, known_to_host, power_of_two
@@ -179,7 +179,7 @@ def softmax_divergence(
     dtype = reference.compute_dtype(input, target)
     loss = input.new_empty(shape if reduction == "none" else (), dtype=dtype)
     positions = math.prod(shape)
-    saved = loss.new_empty((STATISTICS, positions) if save == "statistics" else 0)
+    saved = loss.new_empty(statistics_shape(positions) if save == "statistics" else 0)
     if positions == 0:
         return loss.zero_(), saved
     layout = _layout(dim, input, target)
@@ -227,7 +227,7 @@ def softmax_divergence_backward(
         layout = _contiguous_layout(dim, input, target, *outputs)
     if statistics is None:
         dtype = reference.compute_dtype(input, target)
-        statistics = input.new_empty((STATISTICS, layout.positions), dtype=dtype)
+        statistics = input.new_empty(statistics_shape(layout.positions), dtype=dtype)
         _launch_forward(statistics, "none", statistics, input, target, layout, options)
     numbers = SMALL_TILE >> (statistics.dtype == torch.float64)
     tile = positions, classes = layout.tile(numbers, numbers)
