@@ -32,7 +32,7 @@ def test_kernels_keep_their_budgets(measured):
 def test_the_check_can_fail(measured):
     usages, wide = measured
     budgets = json.loads(kernel_resources.BUDGETS.read_text())
-    kernel = next(name for name in budgets if name.startswith("backward<float, (Group)1"))
+    kernel = next(name for name in budgets if name.startswith("backward<Exact32, (Group)1"))
     budgets[kernel] = {"registers": dict.fromkeys(budgets[kernel]["registers"], 8), "shared": 0}
     del budgets[next(name for name in budgets if name.startswith("finish"))]
     spilling = {name: dict(of) for name, of in usages.items()}
