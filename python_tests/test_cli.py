@@ -66,14 +66,14 @@ def test_invert_writes_images_and_pictures(tmp_path, teacher, capsys):
 
 def test_interrupted_invert_goes_on(tmp_path, teacher):
     def command(folder):
-        options = ["--image-shape", "1", "8", "8", "--preset", "digits", "--iterations", "150", "--batches", "3"]
+        options = ["--image-shape", "1", "8", "8", "--preset", "digits", "--iterations", "300", "--batches", "3"]
         return [sys.executable, "-m", "kdkernels", "invert", *teacher, *options, "--output", str(folder)]
 
     first = tmp_path / "interrupted"
     process = subprocess.Popen(command(first), stderr=subprocess.PIPE, text=True)
     while not (first / "images" / "batch_00000.safetensors").is_file():
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED
