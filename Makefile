@@ -6,17 +6,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 EMULATOR := $(shell find python_tests/cuda_host -type f)
+DRIVER := bench/instructions/driver.cpp
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all lint bench sanitize check-cuda-build gpu clean
+.PHONY: help demo test test-all lint bench bench-full bench-compare sanitize check-cuda-build gpu clean
 
 help:
 	@echo "make demo      distil a digit classifier without data and write build/demo/"
 	@echo "make test      run the tests"
 	@echo "make test-all  run the tests and the long checks: three seeds of the demo, installs in clean environments"
 	@echo "make lint      ruff, mypy, clang-format"
-	@echo "make bench     time every op against eager PyTorch and torch.compile, and write build/bench/"
+	@echo "make bench     time the chief functions against PyTorch and other packages, and write build/bench/"
+	@echo "make bench-full  time everything: all functions, shapes and dtypes, routines, and how cost grows"
+	@echo "make bench-compare BASE=revision  time this tree against another revision"
 	@echo "make sanitize  run the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make check-cuda-build  build with nvcc beside a CUDA version of PyTorch (a download of some GB), and test there"
 	@echo "make gpu       qualify a machine that has an NVIDIA GPU: build, test, benchmark with its own python3; report in"
@@ -52,11 +55,29 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(EMULATOR))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(EMULATOR) $(DRIVER))
 
-bench: $(VENV)/.build
-	@echo "== timing every op against eager PyTorch and torch.compile: some minutes, results in build/bench/"
-	$(BIN)/python bench/report.py
+# Other packages to compare with. Each can be missing: the report says so. None may bring another PyTorch along.
+$(VENV)/.rivals: $(VENV)/.build pyproject.toml
+	@echo "== installing the packages that kdkernels is compared with"
+	for package in $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']\
+	['optional-dependencies']['bench'])"); do \
+		$(BIN)/python -m pip install -q --no-deps "$$package" || echo "== $$package could not be installed"; \
+	done
+	touch $@
+
+bench: $(VENV)/.rivals
+	@echo "== timing a chosen set against PyTorch and other packages: about five minutes, results in build/bench/"
+	$(BIN)/python bench/run.py
+
+bench-full: $(VENV)/.rivals
+	@echo "== timing everything against PyTorch and other packages: the better part of an hour, results in build/bench/"
+	$(BIN)/python bench/run.py --full
+
+# BASE is the revision to compare with; ONLY, if given, a text in the names of the workloads.
+bench-compare: $(VENV)/.build
+	@echo "== timing this tree against $(BASE): building that takes a minute or two, results in build/compare/"
+	$(BIN)/python bench/compare.py --base "$(BASE)" --only "$(ONLY)"
 
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.dependencies

@@ -1,14 +1,7 @@
-"""Benchmarks of batch_norm_stats."""
+"""Benchmarks of batch_norm_stats: its rows are in suite.py."""
 
-import pytest
-from workloads import runnable
-
-from kdkernels.cases import batch_norm_stats as cases
-
-WORKLOADS = list(cases.workloads())
+OP = "batch_norm_stats"
 
 
-@pytest.mark.parametrize("implementation", ["kdkernels", "eager", "compile"])
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
-def test_forward_and_backward(benchmark, workload, implementation):
-    benchmark.pedantic(runnable(workload)[implementation], warmup_rounds=5, rounds=20)
+def test_batch_norm_stats(row, mode, compare):
+    compare(row, mode)

@@ -1,14 +1,7 @@
-"""Benchmarks of softmax_divergence."""
+"""Benchmarks of softmax_divergence: its rows are in suite.py."""
 
-import pytest
-from workloads import runnable
-
-from kdkernels.cases import softmax_divergence as cases
-
-WORKLOADS = list(cases.workloads())
+OP = "softmax_divergence"
 
 
-@pytest.mark.parametrize("implementation", ["kdkernels", "eager", "compile"])
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
-def test_forward_and_backward(benchmark, workload, implementation):
-    benchmark.pedantic(runnable(workload)[implementation], warmup_rounds=5, rounds=20)
+def test_softmax_divergence(row, mode, compare):
+    compare(row, mode)

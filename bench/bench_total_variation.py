@@ -1,14 +1,7 @@
-"""Benchmarks of total_variation."""
+"""Benchmarks of total_variation: its rows are in suite.py."""
 
-import pytest
-from workloads import runnable
-
-from kdkernels.cases import total_variation as cases
-
-WORKLOADS = list(cases.workloads())
+OP = "total_variation"
 
 
-@pytest.mark.parametrize("implementation", ["kdkernels", "eager", "compile"])
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
-def test_forward_and_backward(benchmark, workload, implementation):
-    benchmark.pedantic(runnable(workload)[implementation], warmup_rounds=5, rounds=20)
+def test_total_variation(row, mode, compare):
+    compare(row, mode)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("forward", "backward", "full")
-RIVALS = ("eager", "compile", "liger", "triton")
+RIVALS = ("eager", "compile", "compile max-autotune", "liger", "torchmetrics", "kornia", "triton")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -188,7 +188,9 @@ def judge(row: Mapping[str, Any], goals: Mapping[str, float], bandwidth: float |
             measured = speed / bandwidth if speed and bandwidth else None
         else:
             rival = name.removeprefix("faster than ")
-            full = row["seconds"].get(rival, {}).get("full")
+            # torch.compile is what its faster mode is.
+            modes = [times["full"] for name, times in row["seconds"].items() if name.partition(" ")[0] == rival]
+            full = min(modes, default=None)
             measured = full / ours if full and ours else None
             reason = reason or row["not_timed"].get(rival)
         met = measured is not None and (measured <= goal if at_most else measured >= goal)

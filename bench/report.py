@@ -1,86 +1,45 @@
-"""Time every op against eager PyTorch and torch.compile, all in one run, and write build/bench/.
+"""Write the report of the benchmark suite: report.md, report.html and report.json.
 
-    python bench/report.py [--threads 2] [--only text] [--output build/bench]
+    python bench/report.py INPUT.json --output FOLDER [--readme README.md]
 
-Every row is a forward and a backward to fresh gradients; the ratios are of medians. The three take turns, and in
-each turn are called a few times in a row, as in a training loop. A goal that is missed is marked.
+The input is what pytest-benchmark wrote with --benchmark-json, or an earlier report.json, which gives the same report.
+With --readme the table between the two markers in that file is replaced.
 """
 
 import argparse
-import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from roofline import copy_bandwidth, floor_seconds
-from workloads import runnable
-
-import kdkernels
-from kdkernels.cases import workloads
-from kdkernels.timing import interleaved_medians
-
-HEAD = (
-    "workload", "ours ms", "eager ms", "compile ms", "x eager (goal)", "x compile (goal)", "MB moved", "GB/s",
-    "of copy", "floor ms", "of it fresh pages",
-)  # fmt: skip
+from report_data import dump, load
+from report_readme import insert_table
+from report_render import markdown, page
+from report_tables import contents
 
 
-def measure(workload, bandwidth, rounds):
-    functions = runnable(workload)
-    times = interleaved_medians(functions, rounds=rounds)
-    tensors = workload.make()
-    floor, fresh = floor_seconds(tensors, [tensors[i] for i in workload.differentiable])
-    moved = workload.read + workload.write
-    return {
-        "workload": workload.name,
-        "seconds": times,
-        "speedup_over_eager": times["eager"] / times["kdkernels"],
-        "speedup_over_compile": times["compile"] / times["kdkernels"],
-        "goals": workload.goals,
-        "bytes_moved": moved,
-        "bytes_per_second": moved / times["kdkernels"],
-        "share_of_copy_bandwidth": moved / times["kdkernels"] / bandwidth,
-        "floor_seconds": floor,
-        "fresh_page_seconds": fresh,
-    }
+def write(report: Mapping[str, Any], folder: Path) -> None:
+    blocks = contents(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(dump(report), encoding="utf-8")
+    (folder / "report.md").write_text(markdown(blocks), encoding="utf-8")
+    (folder / "report.html").write_text(page("kdkernels: benchmark report", blocks), encoding="utf-8")
 
 
-def cells(row):
-    def ratio(value, goal):
-        return f"{value:.1f} ({goal:g}){'' if value >= goal else ' MISSED'}"
-
-    ms = {name: f"{1e3 * seconds:.2f}" for name, seconds in row["seconds"].items()}
-    return (
-        row["workload"], ms["kdkernels"], ms["eager"], ms["compile"],
-        ratio(row["speedup_over_eager"], row["goals"][0]), ratio(row["speedup_over_compile"], row["goals"][1]),
-        f"{row['bytes_moved'] / 1e6:.1f}", f"{row['bytes_per_second'] / 1e9:.1f}",
-        f"{100 * row['share_of_copy_bandwidth']:.0f} %", f"{1e3 * row['floor_seconds']:.2f}",
-        f"{1e3 * row['fresh_page_seconds']:.2f}",
-    )  # fmt: skip
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Time every op against eager PyTorch and torch.compile.")
-    parser.add_argument("--threads", type=int, default=2, help="default: 2")
-    parser.add_argument("--rounds", type=int, default=15, help="of each workload (default: 15)")
-    parser.add_argument("--only", default="", help="workloads whose name contains this")
-    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="default: build/bench")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    bandwidth = copy_bandwidth()
-    print(f"{options.threads} threads, copy bandwidth {bandwidth / 1e9:.1f} GB/s (reads and writes)", flush=True)
-    rows = []
-    for workload in workloads():
-        if options.only in workload.name:
-            rows.append(measure(workload, bandwidth, options.rounds))
-            print(" | ".join(f"{h}: {c}" for h, c in zip(HEAD, cells(rows[-1]), strict=True)), flush=True)
-    table = [HEAD, ("---",) * len(HEAD), *map(cells, rows)]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in table) + "\n"
-    options.output.mkdir(parents=True, exist_ok=True)
-    report = {"threads": options.threads, "copy_bandwidth": bandwidth, "rows": rows, "build": kdkernels.build_info()}
-    (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (options.output / "report.md").write_text(text)
-    print(f"\n{text}\nwritten to {options.output}")
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the report of the benchmark suite.")
+    parser.add_argument("input", type=Path, help="of pytest-benchmark's --benchmark-json, or an earlier report.json")
+    parser.add_argument("--output", type=Path, required=True, help="the folder of the report")
+    parser.add_argument("--readme", type=Path, help="the file whose benchmark table is replaced")
+    options = parser.parse_args(arguments)
+    report = load(options.input)
+    write(report, options.output)
+    print(f"written to {options.output}: report.md, report.html, report.json")
+    if options.readme:
+        text = options.readme.read_text(encoding="utf-8")
+        options.readme.write_text(insert_table(text, report), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,36 +1,24 @@
-"""What this machine can move, and the least that a workload can take on it."""
+"""What this machine can do at most: bytes per second of a copy, operations per second of a matrix product."""
 
 import torch
-from torch import Tensor
 
-from kdkernels.timing import interleaved_medians
+from kdkernels.timing import Clock, HostClock, Timed, interleaved_medians
 
 COPY_BYTES = 256 << 20
+SIDE = 2048
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(clock: Clock | None = None, device: str = "cpu", size: int = COPY_BYTES) -> float:
     """Return bytes per second of a copy between tensors larger than every cache, reads and writes counted."""
-    source = torch.ones(COPY_BYTES // 4)
+    source = torch.ones(size // 4, device=device)
     destination = torch.empty_like(source)
-    seconds = interleaved_medians({"copy": lambda: destination.copy_(source)}, rounds=10)["copy"]
-    return 2 * COPY_BYTES / seconds
+    copy = Timed(lambda: destination.copy_(source))
+    return 2 * size / interleaved_medians({"copy": copy}, clock or HostClock(), rounds=10)["copy"]
 
 
-def floor_seconds(tensors: tuple[Tensor, ...], wanted: list[Tensor]) -> tuple[float, float]:
-    """Return the time to read the inputs and write fresh gradients, and what of it is the pages being fresh.
-
-    Above 32 MB the C allocator maps a tensor anew each time, and the first write to each page costs a fault: so it is
-    with the gradients of eager PyTorch and torch.compile.
-    """
-    inputs = [t.detach() for t in tensors if t.is_floating_point()]
-    gradients = [t.detach() for t in wanted]
-    used = [torch.empty_like(g) for g in gradients]
-    times = interleaved_medians(
-        {
-            "read": lambda: [t.sum() for t in inputs],
-            "fresh": lambda: [torch.full_like(g, 1.0) for g in gradients],
-            "again": lambda: [u.fill_(1.0) for u in used],
-        },
-        rounds=15,
-    )
-    return times["read"] + times["fresh"], max(times["fresh"] - times["again"], 0.0)
+def peak_operations(clock: Clock | None = None, device: str = "cpu") -> float:
+    """Return floating-point operations per second of a large product of fp32 matrices."""
+    left, right = (torch.ones(SIDE, SIDE, device=device) for _ in range(2))
+    result = torch.empty_like(left)
+    product = Timed(lambda: torch.mm(left, right, out=result))
+    return 2 * SIDE**3 / interleaved_medians({"product": product}, clock or HostClock(), rounds=10)["product"]

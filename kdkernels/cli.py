@@ -13,9 +13,11 @@ from kdkernels import _loader
 from kdkernels._checkpoint import claim_folder, fingerprint
 from kdkernels._model_loading import load_model, load_weights, outputs_of
 from kdkernels._version import __version__
+from kdkernels.cases import SHORT_NAMES, workload, workload_functions
 from kdkernels.inversion import PRESETS, DeepInversion, InversionConfig
 
 INTERRUPTED = 130
+_DTYPES = {name: dtype for dtype, name in SHORT_NAMES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_invert(commands)
     _add_distill(commands)
+    _add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what was built, which backend each op takes and why, and test it")
     doctor.add_argument("--full", action="store_true", help="test every case in every dtype, not fp32 alone")
     doctor.set_defaults(run=_doctor)
@@ -100,6 +103,22 @@ def _add_distill(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     distill.add_argument("--learning-rate", type=float, default=5e-3, help="of the student (default: 0.005)")
     distill.add_argument("--temperature", type=float, default=4.0, help="default: 4")
     distill.set_defaults(run=_distill)
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    bench = commands.add_parser("bench", help="time a function on a shape of your own against PyTorch")
+    functions = list(workload_functions())
+    bench.add_argument("--op", required=True, choices=functions, metavar="FUNCTION", help=", ".join(functions))
+    bench.add_argument(
+        "--shape", required=True, type=_positive, nargs="+", metavar="SIZE",
+        help="of logits (classes last), images [B C H W] or an activation [N C ...]",
+    )  # fmt: skip
+    bench.add_argument("--dtype", choices=list(_DTYPES), default="fp32", help="default: fp32")
+    bench.add_argument("--variant", default="", help='"dim=1" for logits [B, C, ...], "channels_last" for activations')
+    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    bench.add_argument("--threads", type=_positive, help="of the CPU (default: what PyTorch takes)")
+    bench.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds")
+    bench.set_defaults(run=_bench)
 
 
 def _positive(text: str) -> int:
@@ -199,6 +218,18 @@ def _distill(options: argparse.Namespace) -> int:
     save_curves(options.output / "curves.png", {"student's loss": {"loss": history["loss"]}}, "epoch")
     (options.output / "history.json").write_text(json.dumps(history))
     print(f"the student is {weights}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from kdkernels._benchmark import benchmark
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    one = workload(options.op, options.shape, _DTYPES[options.dtype], options.variant)
+    print(benchmark(one, options.device, compiles=not options.no_compile))
     return 0
 
 

@@ -1,58 +1,13 @@
-"""Timing functions against each other, so that a machine's moods hit all of them alike."""
+"""Timing calls against each other, so that a machine's moods hit all of them alike."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from pathlib import Path
+from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, Protocol
 
 import torch
-
-
-def interleaved_medians(
-    functions: Mapping[str, Callable[[], Any]],
-    *,
-    rounds: int = 15,
-    calls: int = 4,
-    warm_up: int = 2,
-    seconds: float = 30.0,
-) -> dict[str, float]:
-    """Time functions by turns and return the median of each, in seconds.
-
-    In each round every function is called several times in a row, as in a training loop. The first call of a turn
-    does not count: it meets the caches and the allocator as another function left them.
-
-    Args:
-        functions: by name.
-        rounds: at most so many.
-        calls: of a function in a round that count.
-        warm_up: rounds before the first that counts.
-        seconds: no further round is begun after so long, but three are timed at least.
-
-    """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = perf_counter()
-    for number in range(warm_up + rounds):
-        if number >= warm_up + 3 and perf_counter() - start > seconds:
-            break
-        for name, function in functions.items():
-            taken = [_seconds(function) for _ in range(1 + calls)]
-            if number >= warm_up:
-                times[name] += taken[1:]
-    return {name: median(values) for name, values in times.items()}
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    _wait()
-    start = perf_counter()
-    function()
-    _wait()
-    return perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -83,15 +38,37 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """The host's clock, for calls that the host computes."""
+    """The host's clock, for calls that the host computes.
 
-    def measure(self, timed: Timed, ahead: float) -> tuple[float, float]:
-        """Return the time of a call twice: the host computes what it issues."""
+    Each call follows another of the same that does not count: it met the code, the allocator and the branch predictors
+    as something else left them. Whether data comes from a cache is up to what is timed: see :func:`rotation`.
+    """
+
+    def make_ready(self, timed: Timed) -> None:
+        """Bring everything into the state in which the call is to be timed."""
         timed.prepare()
+        timed.call()
+        timed.prepare()
+
+    def measure(self, timed: Timed, ahead: float = 0.0) -> tuple[float, float]:
+        """Return the time of a call twice: the host computes what it issues."""
+        self.make_ready(timed)
         start = perf_counter()
         timed.call()
         taken = perf_counter() - start
         return taken, taken
+
+
+def rotation(input_bytes: int) -> int:
+    """Return how many copies of its inputs a call has to take in turn for them to come from memory, not from a cache.
+
+    That is twice the last cache, but 256 MB at most: servers share larger ones among many cores. To overwrite a cache
+    instead would also drive the interpreter out of it, which no training loop does.
+    """
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    known = [int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units]
+    return 1 + -(-min(2 * max(known, default=64 << 20), 256 << 20) // input_bytes)
 
 
 class DeviceClock:
@@ -140,15 +117,15 @@ class DeviceClock:
 LONGEST_LEAD = 0.02
 
 
-def interleaved_clock_medians(
+def interleaved_rounds(
     timed: Mapping[str, Timed],
     clock: Clock,
     *,
     rounds: int = 20,
     warm_up: int = 3,
     seconds: float = 5.0,
-) -> dict[str, float]:
-    """Time calls by turns, one call a turn, and return the median of each, in seconds.
+) -> dict[str, list[float]]:
+    """Time calls by turns, one call a turn, and return what each took in every round, in seconds.
 
     Args:
         timed: by name.
@@ -170,4 +147,48 @@ def interleaved_clock_medians(
                 lead[name] = min(1.5 * issued + 1e-4, LONGEST_LEAD)
             else:
                 times[name].append(taken)
-    return {name: median(values) for name, values in times.items()}
+    return times
+
+
+def interleaved_medians(timed: Mapping[str, Timed], clock: Clock, **options: Any) -> dict[str, float]:
+    """Return the median of each call in :func:`interleaved_rounds`, in seconds."""
+    return {name: median(taken) for name, taken in interleaved_rounds(timed, clock, **options).items()}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one call took as another, round by round.
+
+    Attributes:
+        median: of the rounds.
+        low: the 10th percentile of the rounds.
+        high: the 90th percentile of the rounds.
+
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """``"faster"``, ``"slower"``, or ``"tie"`` where the spread reaches to both sides of 1."""
+        if self.low <= 1 <= self.high:
+            return "tie"
+        return "faster" if self.low > 1 else "slower"
+
+
+def pairwise_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Return how many times as long theirs took as ours, from the times of the same rounds.
+
+    Raises:
+        ValueError: the two have not the same number of rounds, or none.
+
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"as many rounds of both are needed, and one at least; got {len(ours)} and {len(theirs)}")
+    ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
+    if len(ratios) == 1:
+        return Ratio(ratios[0], ratios[0], ratios[0])
+    tenths = quantiles(ratios, n=10, method="inclusive")
+    return Ratio(median(ratios), tenths[0], tenths[-1])

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,23 +105,23 @@ def test_a_report_is_replaced_at_once(tmp_path, monkeypatch):
 
 
 def measured(case):
-    return gpu_benchmark.measure(case, HostClock(), "cpu", compiles=False, seconds=0.05)
+    return gpu_benchmark.measure(case, HostClock(), "cpu", compiled={}, seconds=0.05)
 
 
 @pytest.mark.parametrize("case", list(gpu_workloads.cases(dry=True))[:7], ids=lambda case: case.name)
 def test_a_tiny_case_is_checked_and_timed(case):
     row = measured(case)
-    assert row["errors"]["native"] <= case.tolerance
+    assert row["errors"]["native"] <= case.workload.tolerance
     for rival in ("native", "eager"):
         assert all(row["seconds"][rival][mode] > 0 for mode in gpu_report.MODES)
-    assert row["not_timed"]["compile"] == "left out of the dry run"
+    assert row["not_timed"]["compile"] == "left out"
     assert row["bytes_per_second"]["full"] > 0
 
 
 def test_nothing_is_timed_where_our_result_is_wrong():
-    case = gpu_workloads.divergence("kl", (8, 37), FP32)
-    wrong = gpu_workloads.GpuCase(**{**vars(case), "ours": lambda s, t: 1.01 * case.ours(s, t)})
-    row = measured(wrong)
+    case = gpu_workloads.case("kl_div_with_logits", (8, 37), FP32)
+    right = case.workload
+    row = measured(replace(case, workload=replace(right, ours=lambda s, t: 1.01 * right.ours(s, t))))
     assert row["seconds"] == {}
     assert row["not_timed"]["native"].startswith("wrong: relative error 1.0e-02")
     verdicts = gpu_report.judge(row, case.goals, 1e9)
@@ -128,9 +129,9 @@ def test_nothing_is_timed_where_our_result_is_wrong():
 
 
 def test_a_rival_that_is_wrong_or_missing_is_no_win():
-    case = gpu_workloads.divergence("kl", (8, 37), FP32)
-    rivals = {**case.rivals, "liger": lambda s, t: 2 * case.rivals["eager"](s, t)}
-    row = measured(gpu_workloads.GpuCase(**{**vars(case), "rivals": rivals, "missing": {"other": "not installed"}}))
+    case = gpu_workloads.case("kl_div_with_logits", (8, 37), FP32)
+    rivals = {"liger": lambda s, t: 2 * case.workload.eager(s, t)}
+    row = measured(replace(case, rivals=rivals, missing={"other": "not installed"}))
     assert row["not_timed"]["liger"].startswith("wrong")
     assert row["not_timed"]["other"] == "not installed"
     verdicts = {v["name"]: v["verdict"] for v in gpu_report.judge(row, {"faster than liger": 1.0}, None)}

@@ -1,5 +1,6 @@
 """Cases of the batch-norm statistics: ranks, layouts, modes, and statistics far from 0."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.cases import Case, Workload, draw, layouts
+from kdkernels.cases import Case, Workload, draw, layouts, one_of
 from kdkernels.functional import batch_norm_stat_loss, batch_norm_stats, batch_norm_tap
 
 SHAPES = ((5, 3), (64, 300), (4, 6, 7), (2, 8, 4, 6), (3, 70, 7, 7), (2, 1, 33, 65), (2, 5, 3, 4, 5), (1, 4, 9, 9))
+
+WORKLOADS = ("batch_norm_tap", "batch_norm_stat_loss", "batch_norm_stats")
 
 
 def _by_channel(statistic: Tensor, input: Tensor) -> Tensor:
@@ -26,6 +29,11 @@ def eager_stats(input: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
 def eager_tap(input: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return the activation, mean and variance."""
     return (input * 1.0, *eager_stats(input, unbiased))
+
+
+def eager_hook(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same as a hook does: the network goes on with the activation as it is."""
+    return (input.view_as(input), *eager_stats(input))
 
 
 def eager_loss(
@@ -88,14 +96,39 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield Case("unbiased loss", loss, eager_of_loss, with_running((6, 17)), every)
 
 
-def workloads() -> Iterator[Workload]:
-    """Yield the benchmark's row: fp32, gradient to the activation."""
+def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
+    """Return a row of the benchmark: the statistics or the loss of an activation, contiguous or channels_last."""
+    memory_format = {"": torch.contiguous_format, "channels_last": torch.channels_last}[
+        one_of(variant, ("", "channels_last") if len(shape) == 4 else ("",))
+    ]
+    if len(shape) < 2:
+        raise ValueError(f"shape must be [N, C, ...], got {list(shape)}")
 
-    def make() -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(64, 64, 32, 32, generator=generator), torch.zeros(64), torch.ones(64)
+    def normal(device: str, seed: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(seed)
+        values = torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(1.5).add_(0.3)
+        return values.contiguous(memory_format=memory_format)
 
-    size = 4 * 64 * 64 * 32 * 32
-    yield Workload(
-        "batch_norm_stat_loss [64, 64, 32, 32]", batch_norm_stat_loss, eager_loss, make, 2 * size, size, (6.0, 1.0)
-    )
+    def cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        *activation, mean, var = outputs
+        ones = torch.linspace(-1, 1, mean.numel(), device=mean.device)
+        # The gradient of a channel's mean is spread over all its values; this makes it as large as the network's.
+        count = math.prod(shape) // mean.numel()
+        statistics = (ones.to(mean.dtype) * count, ones.flip(0).to(var.dtype) * count)
+        return (*(normal(a.device.type, 1) for a in activation), *statistics)
+
+    def make(device: str) -> tuple[Tensor, ...]:
+        if function != "batch_norm_stat_loss":
+            return (normal(device, 0),)
+        return normal(device, 0), torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+
+    functions: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
+        "batch_norm_stats": (batch_norm_stats, eager_stats, 2),
+        "batch_norm_tap": (batch_norm_tap, eager_hook, 3),
+        "batch_norm_stat_loss": (batch_norm_stat_loss, eager_loss, 2),
+    }
+    ours, eager, backward = functions[function]
+    return Workload(
+        "batch_norm_stats", function, shape, dtype, variant, ours, eager, make,
+        {"cpu": (1, backward), "cuda": (1, backward)}, None if ours is batch_norm_stat_loss else cotangents,
+    )  # fmt: skip

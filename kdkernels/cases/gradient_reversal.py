@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.cases import Case, Workload, draw, layouts
+from kdkernels.cases import Case, Workload, draw, layouts, one_of
 from kdkernels.functional import gradient_reversal, gradient_reversal_linear
+
+WORKLOADS = ("gradient_reversal",)
 
 
 def eager_reversal(input: Tensor, lambd: float = 1.0) -> Tensor:
@@ -37,6 +40,33 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield Case("linear", linear, eager_of_linear, triples, (0, 1, 2))
 
 
-def workloads() -> Iterator[Workload]:
-    """Yield nothing: the forward costs nothing and the backward is one multiplication."""
-    yield from ()
+class _UsualReversal(torch.autograd.Function):
+    """Gradient reversal as it is usually written."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, coefficient: float) -> Tensor:
+        ctx.coefficient = coefficient
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].neg() * ctx.coefficient, None
+
+
+def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
+    """Return a row of the benchmark: one multiplication, which a compiler writes as well."""
+    one_of(variant, ("",))
+
+    def make(device: str) -> tuple[Tensor, ...]:
+        return (torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype),)
+
+    def cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.cos(torch.arange(o.numel(), device=o.device)).view_as(o).to(o.dtype) for o in outputs)
+
+    def usual(input: Tensor) -> Tensor:
+        return _UsualReversal.apply(input, 0.3)  # type: ignore[no-any-return, no-untyped-call]
+
+    return Workload(
+        "gradient_reversal", function, shape, dtype, variant, partial(gradient_reversal, lambd=0.3), usual, make,
+        {"cpu": (0, 2), "cuda": (0, 2)}, cotangents,
+    )  # fmt: skip

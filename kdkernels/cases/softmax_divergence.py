@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.cases import Case, Workload, draw, layouts
+from kdkernels.cases import Case, Workload, draw, layouts, one_of
 from kdkernels.functional import distillation_loss, js_div_with_logits, kl_div_with_logits
+from kdkernels.ops.softmax_divergence import SAVED_GRADIENT_BYTES
 
 CLASSES = (1, 2, 3, 10, 19, 1000, 1001, 32000, 50257, 128256, 151936, 2**17 + 1)
 TEMPERATURES = (0.05, 0.5, 1.0, 4.0, 20.0)
 REDUCTIONS = ("mean", "none", "sum", "batchmean")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js")
+WORKLOADS = ("kl_div_with_logits", "js_div_with_logits", "distillation_loss")
 
 
 def eager_divergence(
@@ -162,31 +164,35 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             yield Case(f"{other} teacher", kl_div_with_logits, eager_loss, tuple((t, s) for s, t in samples), both)
 
 
-def workloads() -> Iterator[Workload]:
-    """Yield the benchmark's rows: fp32, gradient to the student."""
+def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
+    """Return a row of the benchmark: the gradient to the student's logits, at temperature 2.
 
-    def make(shape: tuple[int, ...], labels: bool = False) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(0)
-        s, t = (torch.randn(shape, generator=generator) * 3 for _ in range(2))
-        return (s, t, torch.randint(0, shape[1], (shape[0],), generator=generator)) if labels else (s, t)
+    Its classes are the last dimension, or with the variant ``"dim=1"`` the second.
+    """
+    dim = {"": -1, "dim=1": 1}[one_of(variant, ("", "dim=1"))]
+    if len(shape) < 2:
+        raise ValueError(f"shape must have a dimension of positions and one of classes, got {list(shape)}")
+    options: dict[str, Any] = {"temperature": 2.0, "dim": dim}
+    ours: Callable[..., Any]
+    if function == "distillation_loss":
+        ours = partial(distillation_loss, **options, kd_weight=0.9, ce_weight=0.1)
+        eager = partial(eager_loss, **options, weights=(0.9 * 2.0**2, 0.1))
+    elif function == "js_div_with_logits":
+        ours, eager = partial(js_div_with_logits, **options), partial(eager_loss, **options, divergence="js")
+    else:
+        ours, eager = partial(kl_div_with_logits, **options), partial(eager_loss, **options)
 
-    for shape in ((256, 1000), (8192, 100), (64, 32000)):
-        size = 4 * shape[0] * shape[1]
-        ours, eager = _distillation({"temperature": 4.0, "weights": (0.9, 0.1)})
-        yield Workload(
-            f"distillation_loss {list(shape)}", ours, eager, partial(make, shape, True), 2 * size, size, (4, 2.5)
-        )
-        yield Workload(
-            f"js_div_with_logits {list(shape)}",
-            partial(js_div_with_logits, temperature=3.0),
-            partial(eager_loss, temperature=3.0, divergence="js"),
-            partial(make, shape), 2 * size, size, (4, 2.5),
-        )  # fmt: skip
-    for side, goals in ((128, (4.0, 4.0)), (256, (6.0, 2.5))):
-        size = 4 * 8 * 19 * side * side
-        reads = 2 if side == 128 else 4  # of the larger one no gradient is left by the forward
-        yield Workload(
-            f"kl_div_with_logits(dim=1) [8, 19, {side}, {side}]",
-            partial(kl_div_with_logits, dim=1), partial(eager_loss, dim=1), partial(make, (8, 19, side, side)),
-            reads * size, size, goals,
-        )  # fmt: skip
+    def make(device: str) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(0)
+        logits = [torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(3) for _ in range(2)]
+        if function != "distillation_loss":
+            return tuple(logits)
+        positions = [size for i, size in enumerate(shape) if i != dim % len(shape)]
+        return (*logits, torch.randint(0, shape[dim], positions, generator=generator, device=device))
+
+    # On a CPU the forward leaves the gradient where it is small: then the backward has nothing to do for a loss.
+    small = dtype.itemsize >= 4 and math.prod(shape) * dtype.itemsize <= SAVED_GRADIENT_BYTES
+    return Workload(
+        "softmax_divergence", function, shape, dtype, variant, ours, eager, make,
+        {"cpu": (3, 0) if small else (2, 3), "cuda": (2, 3)},
+    )  # fmt: skip

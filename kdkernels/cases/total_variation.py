@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.cases import Case, Workload, draw, layouts
+from kdkernels.cases import Case, Workload, draw, layouts, one_of
 from kdkernels.functional import image_prior_losses, total_variation
 
 SHAPES = ((2, 3, 5, 7), (1, 1, 1, 1), (2, 3, 1, 9), (2, 1, 9, 1), (3, 3, 40, 37), (2, 5, 17, 16), (1, 2, 3, 200))
 NORMS = (("l1", 1), ("l1", 2), ("l1", 4), ("l2", 2), ("l2", 4), ("l2_squared", 2), ("l2_squared", 4), ("isotropic", 2))
 REDUCTIONS = ("none", "mean", "sum")
+WORKLOADS = ("image_prior_losses", "total_variation")
 
 
 def _differences(x: Tensor) -> tuple[Tensor, ...]:
@@ -82,15 +83,24 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield Case("priors of large images", image_prior_losses, eager_priors, samples((4, 3, 150, 260)))
 
 
-def workloads() -> Iterator[Workload]:
-    """Yield the benchmark's rows: fp32, all three priors, gradient to the images."""
+def _weighted(function: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], images: Tensor) -> Tensor:
+    tv_l1, tv_l2, l2 = function(images)
+    return tv_l1 + 1e-2 * tv_l2 + 1e-2 * l2
 
-    def make(side: int) -> tuple[Tensor]:
-        return (torch.randn(64, 3, side, side, generator=torch.Generator().manual_seed(0)),)
 
-    for side, goals in ((128, (25.0, 4.0)), (224, (35.0, 2.0))):
-        size = 4 * 64 * 3 * side * side
-        yield Workload(
-            f"image_prior_losses [64, 3, {side}, {side}]",
-            image_prior_losses, eager_priors, partial(make, side), 2 * size, size, goals,
-        )  # fmt: skip
+def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
+    """Return a row of the benchmark: all three priors of images, weighted, or their anisotropic total variation."""
+    one_of(variant, ("",))
+    if len(shape) != 4:
+        raise ValueError(f"shape must be [B, C, H, W], got {list(shape)}")
+
+    def make(device: str) -> tuple[Tensor, ...]:
+        return (torch.rand(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype),)
+
+    if function == "total_variation":
+        ours, eager = partial(total_variation, reduction="sum"), partial(eager_variation, reduction="sum")
+    else:
+        ours, eager = partial(_weighted, image_prior_losses), partial(_weighted, eager_priors)
+    return Workload(
+        "total_variation", function, shape, dtype, variant, ours, eager, make, {"cpu": (1, 2), "cuda": (1, 2)}
+    )

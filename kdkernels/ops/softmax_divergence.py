@@ -25,7 +25,7 @@ _ARGUMENTS = (
     "Tensor beta, int dim, str divergence, str reduction, int ignore_index"
 )
 # Up to this size the allocator reuses warm memory, and a second tensor of it costs less than computing again.
-_SAVED_GRADIENT_BYTES = 32 << 20
+SAVED_GRADIENT_BYTES = 32 << 20
 
 
 def statistics_shape(positions: int) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def _what_to_save(backend: str, input: Tensor, target: Tensor) -> Save:
         and not target.requires_grad
         and input.device.type == "cpu"
         and input.dtype == reference.compute_dtype(input, target)
-        and input.numel() * input.element_size() <= _SAVED_GRADIENT_BYTES
+        and input.numel() * input.element_size() <= SAVED_GRADIENT_BYTES
     )
     return "gradient" if keeps_gradient else "nothing"
 

@@ -1,0 +1,96 @@
+"""Functions of other packages that compute what ours compute; each package is optional, its absence is reported."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels.cases import Workload
+
+Function = Callable[..., Any]
+PACKAGES = {"liger": "liger-kernel", "kornia": "kornia", "torchmetrics": "torchmetrics", "piq": "piq"}
+TEMPERATURE = 2.0  # that of kdkernels.cases
+
+
+def rivals_of(workload: Workload, device: str) -> tuple[dict[str, Function], dict[str, str]]:
+    """Return functions of the same tensors with the same results by package, and why others of them are missing."""
+    functions: dict[str, Function] = {}
+    missing: dict[str, str] = {}
+    for (rival, function), make in MAKERS.items():
+        if function != workload.function or workload.variant:
+            continue
+        if rival == "liger" and device == "cpu":
+            missing[rival] = "needs a GPU"
+            continue
+        try:
+            functions[rival] = make()
+        except ModuleNotFoundError as error:
+            missing[rival] = "not installed" if error.name == rival_module(rival) else f"does not import: {error}"
+        except Exception as error:
+            missing[rival] = f"does not import: {error}"
+    return functions, missing
+
+
+def versions() -> dict[str, str]:
+    """Return what is installed of the packages."""
+    found = {}
+    for rival, package in PACKAGES.items():
+        try:
+            found[rival] = version(package)
+        except PackageNotFoundError:
+            found[rival] = "not installed"
+    return found
+
+
+def rival_module(rival: str) -> str:
+    return {"liger": "liger_kernel"}.get(rival, rival)
+
+
+def _liger(module: str, name: str, kind: str, **options: Any) -> Function:
+    loss = getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)(**options)
+
+    def from_logits(student: Tensor, teacher: Tensor) -> Tensor:
+        """It takes logarithms of probabilities, and of the teacher for KL probabilities."""
+        log_q = F.log_softmax(student / TEMPERATURE, -1)
+        if kind == "js":
+            return loss(log_q, F.log_softmax(teacher / TEMPERATURE, -1))
+        return loss(log_q, F.softmax(teacher / TEMPERATURE, -1))
+
+    return from_logits
+
+
+def _torchmetrics_kl() -> Function:
+    kl_divergence = importlib.import_module("torchmetrics.functional").kl_divergence
+
+    def from_logits(student: Tensor, teacher: Tensor) -> Tensor:
+        log_p, log_q = F.log_softmax(teacher / TEMPERATURE, -1), F.log_softmax(student / TEMPERATURE, -1)
+        return kl_divergence(log_p, log_q, log_prob=True, reduction="mean")
+
+    return from_logits
+
+
+def _torchmetrics_variation() -> Function:
+    return partial(importlib.import_module("torchmetrics.functional.image").total_variation, reduction="sum")
+
+
+def _kornia_variation() -> Function:
+    total_variation = importlib.import_module("kornia.losses").total_variation
+    return lambda images: total_variation(images, reduction="sum").sum()  # it returns a value for each channel
+
+
+def _piq_variation() -> Function:
+    return partial(importlib.import_module("piq").total_variation, reduction="sum", norm_type="l1")
+
+
+MAKERS: dict[tuple[str, str], Callable[[], Function]] = {
+    ("liger", "kl_div_with_logits"): partial(_liger, "kl_div", "LigerKLDIVLoss", "kl", reduction="batchmean"),
+    ("liger", "js_div_with_logits"): partial(_liger, "jsd", "LigerJSD", "js", beta=0.5),
+    ("torchmetrics", "kl_div_with_logits"): _torchmetrics_kl,
+    ("torchmetrics", "total_variation"): _torchmetrics_variation,
+    ("kornia", "total_variation"): _kornia_variation,
+    ("piq", "total_variation"): _piq_variation,
+}
