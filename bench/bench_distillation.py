@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from routines import CifarResNet, Contender, check_and_race
+from routines import TOLERANCES, CifarResNet, Contender, check_and_race
 from torch import Tensor, nn
 
 from kdkernels.comparison import COMPILE
 from kdkernels.functional import distillation_loss
 from kdkernels.models import SmallCNN
 
-TOLERANCE = 1e-4  # of the loss and of the student's gradient
 TEMPERATURE, KD_WEIGHT, CE_WEIGHT = 4.0, 0.9, 0.1
 FLOOR = "student alone"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -97,6 +96,7 @@ def test_training_step(race, benchmark, bench_set, case):
         contenders[name] = Contender(training.step, results=training.results, compiled=name in COMPILE)
     contenders[FLOOR] = Contender(Training(student, no_loss, images, logits, labels).step)
     check_and_race(
-        race, benchmark, contenders, truth, TOLERANCE, op="distillation", function="training step of a student",
+        race, benchmark, contenders, truth, TOLERANCES[case.name], op="distillation",
+        function="training step of a student",
         shape=list(case.shape), variant=f"{case.name}, {case.num_classes} classes", goals={}, floor=FLOOR,
     )  # fmt: skip
