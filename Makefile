@@ -67,11 +67,11 @@ $(VENV)/.rivals: $(VENV)/.build pyproject.toml
 	touch $@
 
 bench: $(VENV)/.rivals
-	@echo "== timing a chosen set against PyTorch and other packages: about five minutes, results in build/bench/"
+	@echo "== timing a chosen set against PyTorch and other packages: some minutes, results in build/bench/"
 	$(BIN)/python bench/run.py
 
 bench-full: $(VENV)/.rivals
-	@echo "== timing everything against PyTorch and other packages: the better part of an hour, results in build/bench/"
+	@echo "== timing everything against PyTorch and other packages: half an hour or more, results in build/bench/"
 	$(BIN)/python bench/run.py --full
 
 # BASE is the revision to compare with; ONLY, if given, a text in the names of the workloads.
