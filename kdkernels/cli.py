@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -17,6 +21,7 @@ from kdkernels.cases import SHORT_NAMES, workload, workload_functions
 from kdkernels.inversion import PRESETS, DeepInversion, InversionConfig
 
 INTERRUPTED = 130
+AGAIN_AFTER = 0.5  # seconds
 _DTYPES = {name: dtype for dtype, name in SHORT_NAMES.items()}
 
 
@@ -24,13 +29,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        with _insistent_interrupts():
+            return int(options.run(options))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, ImportError) as error:
         print(f"kdkernels {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _insistent_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt again until it is heard: Python drops one that falls into a destructor."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

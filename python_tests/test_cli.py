@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -85,6 +86,25 @@ def test_interrupted_invert_goes_on(tmp_path, teacher):
     for index in range(3):
         name = f"images/batch_{index:05d}.safetensors"
         assert torch.equal(load_file(first / name)["images"], load_file(tmp_path / "straight" / name)["images"])
+
+
+def test_an_interrupt_that_a_destructor_swallows_is_raised_again(monkeypatch, capsys):
+    class Deaf:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)  # here Python drops the KeyboardInterrupt
+
+    def run(options):
+        Deaf()
+        time.sleep(30)
+        return 0
+
+    monkeypatch.setattr(cli, "_doctor", run)
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    start, before = time.monotonic(), signal.getsignal(signal.SIGINT)
+    assert cli.main(["doctor"]) == cli.INTERRUPTED
+    assert time.monotonic() - start < 20
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_distill_writes_a_student(tmp_path, teacher, capsys):
