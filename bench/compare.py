@@ -114,7 +114,7 @@ class Worker:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(script), str(ROOT / "kdkernels" / "cases"), str(threads)],
+                [sys.executable, str(script), str(threads)],
                 env={**os.environ, **waiting, "PYTHONPATH": str(tree)},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
                 start_new_session=True,  # an interrupt is for the parent, which ends it

@@ -1,44 +1,31 @@
 """One side of compare.py: runs workloads on the kdkernels that PYTHONPATH names, as lines of JSON on stdin ask for.
 
-    python bench/compare_worker.py <folder of this tree's cases> <threads>
+    python bench/compare_worker.py <threads>
 
-This tree writes each workload to a file, the function by its name and its inputs, and both sides load it: so both run
-the same, and an older tree need not know the workload. While it waits for a line, a worker does nothing, so that the
-other side has the machine to itself.
+This tree writes each workload to a file: the name of a public function, its options, its inputs and the incoming
+gradients. Both sides load that file, so both run the same, and the other tree need not have a workload of that name, or
+any module but kdkernels.functional, in common with this one. While it waits for a line, a worker does nothing, so that
+the other side has the machine to itself.
 """
 
-import importlib
-import importlib.util
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import kdkernels
+from kdkernels import functional
 
 CHUNKS = 16
-
-
-def load_cases(folder: Path) -> ModuleType:
-    """Take a tree's cases for those of the loaded kdkernels, as some workloads call a function of theirs."""
-    spec = importlib.util.spec_from_file_location(
-        "kdkernels.cases", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no cases in {folder}")
-    cases = importlib.util.module_from_spec(spec)
-    sys.modules["kdkernels.cases"] = cases
-    spec.loader.exec_module(cases)
-    return cases
 
 
 def summary(name: str, tensor: Tensor) -> dict[str, Any]:
@@ -56,6 +43,13 @@ def summary(name: str, tensor: Tensor) -> dict[str, Any]:
     }
 
 
+def workloads() -> Iterable[Any]:
+    """Return the workloads of this tree; the other one is not asked for its own."""
+    from kdkernels import cases
+
+    return cases.workloads()
+
+
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -64,7 +58,8 @@ class Loaded:
     """A workload of a file: a forward, and a backward to the first of its tensors."""
 
     def __init__(self, path: Path) -> None:
-        self.function, self.tensors, self.cotangents = torch.load(path, weights_only=False)
+        name, options, self.tensors, self.cotangents = torch.load(path, weights_only=True)
+        self.function = partial(getattr(functional, name), **options)
         self.wanted = self.tensors[0].requires_grad_()
 
     def step(self) -> tuple[Tensor, ...]:
@@ -91,8 +86,7 @@ class Loaded:
 class Server:
     """Answers requests; it holds the tensors of one workload at a time."""
 
-    def __init__(self, cases: ModuleType) -> None:
-        self.cases = cases
+    def __init__(self) -> None:
         self.loaded: Loaded | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -103,15 +97,15 @@ class Server:
         }
 
     def list(self) -> dict[str, Any]:
-        return {"workloads": [workload.name for workload in self.cases.workloads()]}
+        return {"workloads": [workload.name for workload in workloads()]}
 
     def save(self, workload: str, path: str) -> dict[str, Any]:
         """Write a workload to a file."""
-        row = next(row for row in self.cases.workloads() if row.name == workload)
+        row = next(row for row in workloads() if row.name == workload)
         tensors = row.make("cpu")
         outputs = as_tuple(row.ours(*tensors))
         cotangents = row.cotangents(outputs) if row.cotangents else tuple(map(torch.ones_like, outputs))
-        torch.save((row.ours, tensors, cotangents), path)
+        torch.save((row.function, getattr(row.ours, "keywords", {}), tensors, cotangents), path)
         return {}
 
     def load(self, path: str) -> dict[str, Any]:
@@ -144,8 +138,8 @@ def main() -> None:
     # Replies alone go to stdout; what anything else prints must not come between them.
     with os.fdopen(os.dup(1), "w", buffering=1) as replies:
         os.dup2(2, 1)
-        torch.set_num_threads(int(sys.argv[2]))
-        serve(Server(load_cases(Path(sys.argv[1]))), iter(sys.stdin.readline, ""), replies.write)
+        torch.set_num_threads(int(sys.argv[1]))
+        serve(Server(), iter(sys.stdin.readline, ""), replies.write)
 
 
 if __name__ == "__main__":
