@@ -68,16 +68,16 @@ $(VENV)/.rivals: $(VENV)/.build pyproject.toml
 
 bench: $(VENV)/.rivals
 	@echo "== timing a chosen set against PyTorch and other packages: some minutes, results in build/bench/"
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench.run
 
 bench-full: $(VENV)/.rivals
 	@echo "== timing everything against PyTorch and other packages: half an hour or more, results in build/bench/"
-	$(BIN)/python bench/run.py --full
+	$(BIN)/python -m bench.run --full
 
 # BASE is the revision to compare with; ONLY, if given, a text in the names of the workloads.
 bench-compare: $(VENV)/.build
 	@echo "== timing this tree against $(BASE): building that takes a minute or two, results in build/compare/"
-	$(BIN)/python bench/compare.py --base "$(BASE)" --only "$(ONLY)"
+	$(BIN)/python -m bench.compare.run --base "$(BASE)" --only "$(ONLY)"
 
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.dependencies
@@ -88,8 +88,7 @@ sanitize: $(VENV)/.dependencies
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/package \
 	$(BIN)/python -m pytest -q -m "not slow" -k "not compile and not inductor and not export and not opcheck and not demo" \
-		$(wildcard python_tests/test_*divergence.py python_tests/test_*stats.py python_tests/test_*variation.py \
-		python_tests/test_*reversal.py python_tests/test_math.py)
+		python_tests/ops python_tests/package/test_math.py
 
 # Three equals signs: a CPU version of PyTorch also satisfies two.
 CUDA_VENV := build/cuda/venv
@@ -108,16 +107,15 @@ check-cuda-build: $(CUDA_VENV)/.dependencies $(VENV)/.build
 	rm -f build/cuda/site/kdkernels/*.so
 	KDKERNELS_BUILD=cuda $(CUDA_BIN)/python setup.py -q build_ext --build-lib build/cuda/site --build-temp build/cuda/temp
 	KDKERNELS_OTHER_LIBRARY="$$(ls $(CURDIR)/kdkernels/_C.*.so)" PYTHONPATH=$(CURDIR)/build/cuda/site \
-	$(CUDA_BIN)/pytest -q python_tests/check_cuda_build.py
+	$(CUDA_BIN)/pytest -q python_tests/gpu/check_cuda_build.py
 	PYTHONPATH=$(CURDIR)/build/cuda/site $(CUDA_BIN)/pytest -q -m "not slow" \
-		$(wildcard python_tests/test_*divergence*.py python_tests/test_*stats.py python_tests/test_*variation.py \
-		python_tests/test_*reversal.py python_tests/test_math.py)
+		python_tests/ops python_tests/package/test_math.py
 
 # No virtual environment and no network: what $(PYTHON) has installed is what is tested.
 OUT ?= build/gpu
 gpu:
 	@echo "== qualifying kdkernels $(if $(DRY),without a device,on a GPU: nine minutes at most), report in $(OUT)/"
-	$(PYTHON) bench/gpu.py --output "$(OUT)" $(if $(DRY),--dry)
+	$(PYTHON) -m bench.gpu.run --output "$(OUT)" $(if $(DRY),--dry)
 
 clean:
 	rm -rf build $(VENV)/.build kdkernels/*.so

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11: one build serves it and every later version
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
 MEMORY_OF_A_JOB = 2 << 30  # a kernel file takes about 1 GB to compile
+CPU_SOURCES = ("csrc/module.cpp", "csrc/*/cpu.cpp", "csrc/isa/*.cpp")
+CUDA_SOURCES = ("csrc/cuda_module.cpp", "csrc/*/cuda.cpp", "csrc/*/cuda_kernels.cu")
 MODES = ("auto", "cpu", "cuda", "none")
 
 
@@ -40,6 +42,17 @@ def build_mode() -> str:
 
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def list_kernels(folder: Path) -> Path:
+    """Write the header that includes the CPU kernels of every op, for csrc/isa; return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = sorted(path.relative_to(ROOT / "csrc").as_posix() for path in ROOT.glob("csrc/*/cpu_kernels.h"))
+    text = "".join(f'#include "{header}"\n' for header in headers)
+    header = folder / "cpu_kernels_of_every_op.h"
+    if not header.exists() or header.read_text() != text:  # a newer file would be compiled again
+        header.write_text(text)
+    return folder
 
 
 def find_nvcc() -> tuple[str, str] | None:
@@ -77,7 +90,7 @@ def why_no_cuda(torch_cuda: str | None) -> str | None:
         return f"nvcc is {version} ({nvcc}), but torch was built for CUDA {torch_cuda}: the major versions differ"
     if find_cuda_home(nvcc) is None:
         return f"nvcc is {version} ({nvcc}), but no folder with include/cuda_runtime.h was found; set CUDA_HOME"
-    if not sources("csrc/cuda/*.cu"):
+    if not sources(*CUDA_SOURCES):
         return f"nvcc is {version} and torch was built for CUDA {torch_cuda}, but this version has no CUDA kernels"
     return None
 
@@ -127,6 +140,7 @@ def extensions(mode: str) -> tuple[list, dict]:
         raise SystemExit(f"kdkernels: KDKERNELS_BUILD=cuda, but {missing}")
     say("building the CPU kernels" + (f"; no CUDA kernels: {missing}" if missing else " and the CUDA kernels"))
     bound_jobs()
+    includes = [pybind11.get_include(), str(ROOT / "csrc"), str(list_kernels(ROOT / "build" / "generated"))]
     define = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     flags = (
         ["/O2"]
@@ -136,8 +150,8 @@ def extensions(mode: str) -> tuple[list, dict]:
     modules = [
         cpp_extension.CppExtension(
             "kdkernels._C",
-            sources("csrc/module.cpp", "csrc/cpu/*.cpp", "csrc/cpu/kernels/*.cpp"),
-            include_dirs=[pybind11.get_include()],
+            sources(*CPU_SOURCES),
+            include_dirs=includes,
             define_macros=define,
             extra_compile_args=flags,
         )
@@ -148,8 +162,8 @@ def extensions(mode: str) -> tuple[list, dict]:
         modules.append(
             cpp_extension.CUDAExtension(
                 "kdkernels._cuda",
-                sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
-                include_dirs=[pybind11.get_include()],
+                sources(*CUDA_SOURCES),
+                include_dirs=includes,
                 define_macros=[*define, ("USE_CUDA", None)],
                 extra_compile_args={
                     "cxx": [*flags, f'-DKDKERNELS_CUDA_ARCHITECTURES="{architectures}"'],
@@ -157,27 +171,7 @@ def extensions(mode: str) -> tuple[list, dict]:
                 },
             )
         )
-    return modules, {"build_ext": _build_command(cpp_extension.BuildExtension)}
-
-
-def _build_command(base: type) -> type:
-    """A build command that keeps the objects of op.cu and op.cpp apart."""
-
-    class BuildExtension(base):
-        def build_extensions(self):
-            named_by_stem = self.compiler.object_filenames
-
-            def object_filenames(files, *arguments, **options):
-                objects = [Path(name) for name in named_by_stem(files, *arguments, **options)]
-                return [
-                    str(name.with_stem(f"{name.stem}_cu") if str(file).endswith(".cu") else name)
-                    for file, name in zip(files, objects, strict=True)
-                ]
-
-            self.compiler.object_filenames = object_filenames
-            super().build_extensions()
-
-    return BuildExtension
+    return modules, {"build_ext": cpp_extension.BuildExtension}
 
 
 if __name__ == "__main__":

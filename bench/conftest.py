@@ -14,14 +14,13 @@ from typing import Any
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build/inductor"))
 
 import pytest
-import rivals
-import roofline
-import suite
 import torch
 
 import kdkernels
-from kdkernels.comparison import MODES, SMALL, Contest, enter, peak_bytes
-from kdkernels.timing import HostClock, Timed
+from bench import rivals, roofline
+from bench.ops import suite
+from kdkernels.testing.comparison import MODES, SMALL, Contest, enter, peak_bytes
+from kdkernels.testing.timing import HostClock, Timed
 
 WARM_UP = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 30
@@ -42,7 +41,7 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     """Run an op's benchmark on its rows, all modes of a row one after the other: what was compiled serves them all."""
     if "row" in metafunc.fixturenames:
-        rows = suite.rows(metafunc.module.OP, metafunc.config.getoption("--full"))
+        rows = suite.rows(metafunc.config.getoption("--full"))
         pairs = [(row, mode) for row in rows for mode in row.modes]
         metafunc.parametrize(("row", "mode"), pairs, ids=[f"{row.workload.name}: {mode}" for row, mode in pairs])
 

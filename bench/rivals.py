@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.cases import Workload
+from kdkernels.ops._cases import Workload
 
 Function = Callable[..., Any]
 PACKAGES = {"liger": "liger-kernel", "kornia": "kornia", "torchmetrics": "torchmetrics", "piq": "piq"}

@@ -2,7 +2,7 @@
 
 import torch
 
-from kdkernels.timing import Clock, HostClock, Timed, interleaved_medians
+from kdkernels.testing.timing import Clock, HostClock, Timed, interleaved_medians
 
 COPY_BYTES = 256 << 20
 SIDE = 2048

@@ -1,6 +1,6 @@
 """Run the benchmarks on this machine's CPU, then write the report.
 
-    python bench/run.py [--full] [--threads 2] [--only text] [--output build/bench]
+    python -m bench.run [--full] [--threads 2] [--only text] [--output build/bench]
 
 What pytest-benchmark measured is kept even if some of the benchmarks failed: they are in the report.
 """
@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import report
+
+from bench.report import run as report
 
 BENCH = Path(__file__).parent
 
@@ -27,7 +28,7 @@ def main() -> int:
     measured.unlink(missing_ok=True)
     command = "make bench-full" if options.full else "make bench"
     if options.only or options.threads:
-        command = " ".join(["python", *sys.argv])
+        command = " ".join(["python -m bench.run", *sys.argv[1:]])
     arguments = [
         str(BENCH), "-q", "-c", str(BENCH / "pytest.ini"), "--rootdir", str(BENCH), f"--benchmark-json={measured}",
         f"--written-as={command}", "-p", "no:cacheprovider", "--benchmark-warmup=off", "--benchmark-columns=median",

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "common/stable.h"
-#include "cpu/unit.h"
+#include "core/cpu/unit.h"
+#include "core/stable.h"
 
 namespace py = pybind11;
 namespace kdkernels {

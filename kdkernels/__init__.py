@@ -2,13 +2,14 @@
 
 import torch as _torch  # the compiled libraries need it in memory
 
-from kdkernels import _backends, _loader, functional, nn
-from kdkernels._backends import get_backend, set_backend, set_debug
-from kdkernels._loader import build_info
+from kdkernels import functional, nn
 from kdkernels._version import __version__
+from kdkernels.ops import _loader, _registry
+from kdkernels.ops._loader import build_info
+from kdkernels.ops._registry import get_backend, set_backend, set_debug
 
 _loader.load_libraries()
-_backends.find_kernels()
+_registry.find_kernels()
 # The first call of MKL's square root in a process chooses the code for it, and where two threads make it at once, as
 # in the first step of Adam, one of them may round differently: one in a hundred runs differed from the others.
 _torch.ones(1).sqrt()

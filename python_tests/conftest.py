@@ -38,7 +38,7 @@ def backend(request):
 @pytest.fixture(scope="session")
 def digits_teacher():
     """A network trained on the digits; tests must leave it as it is."""
-    from kdkernels.demo import DemoSettings, train_teacher
+    from kdkernels.cli.demo import DemoSettings, train_teacher
 
     return train_teacher(DemoSettings(), *load_digits().train, seed=0)
 

@@ -19,8 +19,8 @@ if os.environ.get("KDKERNELS_TEST_TARGET") == "emulated":
     emulated.install(os.environ.get("KDKERNELS_TEST_VARIANT", "plain"))
 
 import kdkernels
-from kdkernels.cases import DTYPES, Case, cases_of
-from kdkernels.selftest import Accuracy, accuracy_of, error_in_ulp, results_of, tensors_of
+from kdkernels.ops._cases import DTYPES, Case, cases_of
+from kdkernels.testing.selftest import Accuracy, accuracy_of, error_in_ulp, results_of, tensors_of
 
 ACCURACY: list[Accuracy] = []
 # What is tested: the kernels of the CPU, those of csrc/cuda executed on the CPU, or a backend of a GPU.
@@ -263,7 +263,7 @@ class OpContract:
     def test_other_instruction_sets(self):
         """The kernels compiled for older processors equal the reference too, in a process of their own."""
         code = (
-            "import kdkernels.selftest as selftest, sys;"
+            "import kdkernels.testing.selftest as selftest, sys;"
             f"report = selftest.run(families=[{self.family!r}]);"
             "print(*report.failures, sep='\\n');"
             "sys.exit(not report.passed)"

@@ -12,10 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cpu/batch_norm_call.h"
-#include "../../csrc/cpu/gradient_reversal_call.h"
-#include "../../csrc/cpu/softmax_call.h"
-#include "../../csrc/cpu/total_variation_call.h"
+#include "batch_norm_stats/plan.h"
+#include "gradient_reversal/plan.h"
+#include "softmax_divergence/plan.h"
+#include "total_variation/plan.h"
 
 // Only what runs inside this function is counted. What follows the call keeps it from becoming a jump that callgrind
 // would not see return.

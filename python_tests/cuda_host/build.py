@@ -2,7 +2,7 @@
 
 A library has the kernels, their launchers (C linkage: raw pointers, numbers, a stream) and the emulator itself:
 
-    library = build([ROOT / "csrc/cuda/scale.cu"], "scale", "race", [ROOT])
+    library = build([ROOT / "csrc/scale/cuda_kernels.cu"], "scale", "race", [ROOT])
     with Emulator(library, "warp_priority", seed=3, reads={"input": x}, writes={"output": y}) as emulator:
         emulator.launch("launch_scale", x, y, x.numel(), ctypes.c_float(2.0), None)
 """
@@ -122,11 +122,10 @@ def build(
 
 def _compiled(source: Path, flags: list[str]) -> Path:
     digest = hashlib.sha256("\0".join([compiler(), str(source), *flags]).encode())
-    folders = [HERE, *(ROOT / "csrc" / folder for folder in ("common", "cuda", "math"))]
-    headers = {path for folder in folders for path in folder.rglob("*") if path.suffix in {".h", ".cuh"}}
+    headers = {path for top in (HERE, ROOT / "csrc") for path in top.rglob("*") if path.suffix in {".h", ".cuh"}}
     for path in sorted({source, *headers}):
         digest.update(path.read_bytes())
-    path = OUTPUT / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    path = OUTPUT / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:16]}.o"
     _produce(path, [*compiler().split(), *flags, "-c", str(source)])
     return path
 

@@ -1,8 +1,8 @@
 // How launches divide the work, for sizes that no test could allocate
-#include "../../csrc/cuda/batch_norm_stats_call.h"
-#include "../../csrc/cuda/gradient_reversal_call.h"
-#include "../../csrc/cuda/softmax_divergence_call.h"
-#include "../../csrc/cuda/total_variation_call.h"
+#include "batch_norm_stats/cuda_kernels.h"
+#include "gradient_reversal/cuda_kernels.h"
+#include "softmax_divergence/cuda_kernels.h"
+#include "total_variation/cuda_kernels.h"
 
 using namespace kdkernels::cuda;
 

@@ -1,0 +1,1 @@
+"""This tree against another revision: ``python -m bench.compare.run``."""

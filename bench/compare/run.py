@@ -1,0 +1,291 @@
+"""Time every op of this tree against another git revision of it, round by round.
+
+    python -m bench.compare.run --base main [--only text] [--threads 2] [--rounds 15] [--fail-below 0.9]
+
+The base is exported to build/compare/<revision>/ and built there, once. Two versions of the package cannot be loaded in
+one process, so each runs in one of its own; they take turns, and whoever waits does nothing. Both run the workloads of
+this tree, on the CPU, on the same inputs, and speeds are compared only where the results agree. What the base does not
+have is reported.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from kdkernels.testing.timing import Ratio, pairwise_ratio
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = ROOT / "build" / "compare"
+WORKER = Path(__file__).with_name("worker.py")
+ROUND_SECONDS = 0.05  # a turn lasts about so long: much longer than handing over takes
+TOLERANCE = 1e-4
+HEAD = ("workload", "base ms", "this ms", "base / this", "10-90 %", "verdict")
+Result = dict[str, Any]
+
+
+class CompareError(Exception):
+    """What stops the comparison, in words for the user."""
+
+
+class WorkloadError(Exception):
+    """A workload that one side cannot run."""
+
+
+def tail(path: Path, lines: int = 20) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.is_file() else ""
+
+
+def git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise CompareError("git was not found") from None
+    except subprocess.CalledProcessError as error:
+        raise CompareError(error.stderr.strip() or f"git {arguments[0]} failed") from None
+    return done.stdout.strip()
+
+
+def resolve(base: str) -> str:
+    """Return the full name of a revision."""
+    if not base.strip():
+        raise CompareError("no revision to compare with: make bench-compare BASE=<revision>")
+    git("rev-parse", "--git-dir")
+    try:
+        return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}")
+    except CompareError:
+        raise CompareError(f"{base!r} is no revision of this repository") from None
+
+
+def export(sha: str, folder: Path) -> None:
+    """Write a revision's files to a folder; unlike a worktree, nothing in the repository remembers it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    archive = folder / "exported.tar"
+    git("archive", "--output", str(archive), sha)
+    with tarfile.open(archive) as files:
+        files.extractall(folder, filter="data")
+    archive.unlink()
+
+
+def build(sha: str, folder: Path) -> None:
+    """Export and build a revision, unless that was done before with the same interpreter and the same PyTorch."""
+    environment = {"KDKERNELS_BUILD": "cpu", **os.environ}
+    environment.pop("PYTHONPATH", None)
+    made_with = f"{sha}\n{sys.executable} {sys.version}\n{torch.__version__}\n{environment['KDKERNELS_BUILD']}\n"
+    marker, log = folder / ".built", folder / "build.log"
+    if marker.is_file() and marker.read_text() == made_with:
+        print(f"base: {folder} is built already", flush=True)
+        return
+    print(f"base: building {folder}: one or two minutes", flush=True)
+    export(sha, folder)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    with log.open("w") as output:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise CompareError(f"{tail(log)}\nthe build of the base failed; all of its output is in {log}")
+    marker.write_text(made_with)
+
+
+class Worker:
+    """A process that has one version of the package loaded and runs what it is asked for."""
+
+    def __init__(self, name: str, tree: Path, log: Path, threads: int = 2, script: Path = WORKER) -> None:
+        self.name, self._log = name, log
+        # After its work a thread of OpenMP would keep a core busy for a while, waiting for more.
+        waiting = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(script), str(threads)],
+                env={**os.environ, **waiting, "PYTHONPATH": str(tree)},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
+                start_new_session=True,  # an interrupt is for the parent, which ends it
+            )  # fmt: skip
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and wait for the reply."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = self._process.wait(timeout=10)
+            raise CompareError(f"{tail(self._log)}\nthe process of {self.name} ended with status {status} ({command})")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise WorkloadError(f"fails in {self.name}: {reply['error']}")
+        return reply
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):  # of a request that nobody read
+                if pipe is not None:
+                    pipe.close()
+        self._process.wait()
+
+
+def difference(base: Sequence[Result], this: Sequence[Result]) -> tuple[float, str]:
+    """Return the largest relative difference that is beyond rounding, and where it is; 0 where results agree."""
+    if [(r["name"], r["shape"], r["dtype"]) for r in base] != [(r["name"], r["shape"], r["dtype"]) for r in this]:
+        return math.inf, "number, shapes or dtypes"
+    worst = (0.0, "")
+    for expected, found in zip(base, this, strict=True):
+        size = math.hypot(*expected["norms"])
+        pairs = zip(expected["norms"] + expected["sums"], found["norms"] + found["sums"], strict=True)
+        # Infinities and NaN agree where both have them.
+        gaps = [0.0 if a == b or (a != a and b != b) else abs(a - b) for a, b in pairs]
+        gap = max(math.inf if gap != gap else gap for gap in gaps)
+        relative = 0.0 if gap == 0 else gap / size if size > 0 else math.inf
+        epsilon = torch.finfo(getattr(torch, expected["dtype"].removeprefix("torch."))).eps
+        if not relative <= max(TOLERANCE, 2 * epsilon):
+            worst = max(worst, (relative if relative == relative else math.inf, expected["name"]))
+    return worst
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is reported of a workload: times and their ratio, or why there are none."""
+
+    name: str
+    base: float = math.nan
+    this: float = math.nan
+    ratio: Ratio | None = None
+    note: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        if self.ratio is None:
+            return self.name, "", "", "", "", self.note
+        spread = f"{self.ratio.low:.2f} - {self.ratio.high:.2f}"
+        ms = (f"{1e3 * seconds:.3f}" for seconds in (self.base, self.this))
+        return self.name, *ms, f"{self.ratio.median:.2f}", spread, self.ratio.verdict
+
+
+def take_turns(base: Worker, this: Worker, rounds: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Return the seconds of each round, of the base and of this tree; who is first alternates."""
+    times: dict[str, list[float]] = {base.name: [], this.name: []}
+    slowest = max(worker.ask("round", calls=1)["seconds"] for worker in (base, this))
+    calls = min(max(round(ROUND_SECONDS / slowest), 2), 200)
+    start = time.perf_counter()
+    for number in range(1 + rounds):
+        if number > 5 and time.perf_counter() - start > seconds:
+            break
+        for worker in (base, this) if number % 2 else (this, base):
+            taken = worker.ask("round", calls=calls)["seconds"]
+            if number > 0:  # the first round warms up
+                times[worker.name].append(taken)
+    return times[base.name], times[this.name]
+
+
+def compare(name: str, base: Worker, this: Worker, rounds: int, seconds: float) -> Row:
+    """Measure a workload, if both sides can run it with the same results."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="kdkernels-") as folder:
+            path = str(Path(folder) / "workload.pt")
+            this.ask("save", workload=name, path=path)
+            results = [worker.ask("load", path=path)["results"] for worker in (base, this)]
+        gap, where = difference(*results)
+        if where:
+            return Row(name, note=f"results differ by {gap:.1e} ({where})")
+        before, now = take_turns(base, this, rounds, seconds)
+    except WorkloadError as error:
+        return Row(name, note=str(error))
+    return Row(name, median(before), median(now), pairwise_ratio(now, before))
+
+
+def loaded_from(worker: Worker, tree: Path) -> list[str]:
+    """Return what there is to note about a worker's package; it has to be that of its tree."""
+    side = worker.ask("describe")
+    if Path(side["package"]).parent != tree.resolve():
+        raise CompareError(f"{worker.name} loaded {side['package']}, not the package in {tree}")
+    return [] if side["compiled"] else [f"{worker.name} runs without compiled CPU kernels"]
+
+
+def run(base: Worker, this: Worker, only: str, rounds: int, seconds: float) -> list[Row]:
+    """Return a row for each workload of this tree."""
+    rows = []
+    for name in this.ask("list")["workloads"]:
+        if only in name:
+            rows.append(compare(name, base, this, rounds, seconds))
+            print(" | ".join(cell for cell in rows[-1].cells() if cell), flush=True)
+    if not rows:
+        raise CompareError(f"no workload has {only!r} in its name")
+    return rows
+
+
+def report(rows: Sequence[Row], notes: Sequence[str], title: str) -> str:
+    """Return the table in Markdown."""
+    table = [HEAD, ("---",) * len(HEAD), *(row.cells() for row in rows)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    return "\n".join([title, "", *lines, *([""] if notes else []), *(f"- {note}" for note in notes), ""])
+
+
+def too_slow(rows: Sequence[Row], limit: float) -> list[str]:
+    return [row.name for row in rows if row.ratio and row.ratio.verdict != "tie" and row.ratio.median < limit]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Time this tree against another git revision of it.")
+    parser.add_argument("--base", default="", help="the revision to compare with")
+    parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--rounds", type=int, default=15, help="of each workload, at most (default: 15)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each workload, about (default: 10)")
+    parser.add_argument("--fail-below", type=float, help="exit with 1 where base / this is below, ties apart")
+    options = parser.parse_args(arguments)
+    try:
+        sha = resolve(options.base)
+        folder = OUTPUT / sha[:12]
+        build(sha, folder)
+        with ExitStack() as stack:
+            base, this = (
+                stack.enter_context(Worker(name, tree, OUTPUT / f"{log}.stderr", options.threads))
+                for name, tree, log in (("the base", folder, "base"), ("this tree", ROOT, "this"))
+            )
+            notes = loaded_from(base, folder) + loaded_from(this, ROOT)
+            rows = run(base, this, options.only, options.rounds, options.seconds)
+    except (CompareError, WorkloadError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare: interrupted", file=sys.stderr)
+        return 130
+    state = git("describe", "--always", "--dirty=, with changes")
+    title = f"This tree ({state}) against {options.base} ({sha[:12]}), {options.threads} threads; above 1 it is faster."
+    text = report(rows, notes, title)
+    (OUTPUT / "report.md").write_text(text)
+    print(f"\n{text}\nwritten to {OUTPUT / 'report.md'}")
+    slow = too_slow(rows, options.fail_below) if options.fail_below else []
+    if slow:
+        print(f"compare: below {options.fail_below}: {'; '.join(slow)}", file=sys.stderr)
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""One side of compare.py: runs workloads on the kdkernels that PYTHONPATH names, as lines of JSON on stdin ask for.
+
+    python bench/compare/worker.py <threads>
+
+This tree writes each workload to a file: the name of a public function, its options, its inputs and the incoming
+gradients. Both sides load that file, so both run the same, and the other tree need not have a workload of that name, or
+any module but kdkernels.functional, in common with this one. While it waits for a line, a worker does nothing, so that
+the other side has the machine to itself.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdkernels
+from kdkernels import functional
+
+CHUNKS = 16
+
+
+def summary(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Describe a tensor by a few numbers: of each part its norm, and a signed sum that sees what a norm does not."""
+    flat = tensor.detach().to(torch.float64).flatten()
+    parts = flat.tensor_split(min(CHUNKS, max(len(flat), 1)))
+    weights = torch.cos(torch.arange(len(flat), dtype=torch.float64)).tensor_split(len(parts))
+    pairs = zip(parts, weights, strict=True)
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype),
+        "norms": [part.norm().item() for part in parts],
+        "sums": [(part @ weight / weight.norm().clamp_min(1e-300)).item() for part, weight in pairs],
+    }
+
+
+def workloads() -> Iterable[Any]:
+    """Return the workloads of this tree; the other one is not asked for its own."""
+    from kdkernels.ops import _cases
+
+    return _cases.workloads()
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+class Loaded:
+    """A workload of a file: a forward, and a backward to the first of its tensors."""
+
+    def __init__(self, path: Path) -> None:
+        name, options, self.tensors, self.cotangents = torch.load(path, weights_only=True)
+        self.function = partial(getattr(functional, name), **options)
+        self.wanted = self.tensors[0].requires_grad_()
+
+    def step(self) -> tuple[Tensor, ...]:
+        outputs = as_tuple(self.function(*self.tensors))
+        torch.autograd.backward(outputs, self.cotangents)
+        return outputs
+
+    def results(self) -> list[dict[str, Any]]:
+        self.wanted.grad = None
+        outputs = [summary(f"output {i}", output) for i, output in enumerate(self.step())]
+        return [*outputs, summary("gradient", self.wanted.grad)]
+
+    def seconds(self, calls: int) -> float:
+        """Return the median of some calls after one that finds the caches as the other side left them."""
+        taken = []
+        for _ in range(1 + calls):
+            self.wanted.grad = None
+            start = perf_counter()
+            self.step()
+            taken.append(perf_counter() - start)
+        return median(taken[1:])
+
+
+class Server:
+    """Answers requests; it holds the tensors of one workload at a time."""
+
+    def __init__(self) -> None:
+        self.loaded: Loaded | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Say which package is loaded, and whether with its compiled kernels."""
+        return {
+            "package": str(Path(kdkernels.__file__).resolve().parent),
+            "compiled": "kdkernels._C" in sys.modules,
+        }
+
+    def list(self) -> dict[str, Any]:
+        return {"workloads": [workload.name for workload in workloads()]}
+
+    def save(self, workload: str, path: str) -> dict[str, Any]:
+        """Write a workload to a file."""
+        row = next(row for row in workloads() if row.name == workload)
+        tensors = row.make("cpu")
+        outputs = as_tuple(row.ours(*tensors))
+        cotangents = row.cotangents(outputs) if row.cotangents else tuple(map(torch.ones_like, outputs))
+        torch.save((row.function, getattr(row.ours, "keywords", {}), tensors, cotangents), path)
+        return {}
+
+    def load(self, path: str) -> dict[str, Any]:
+        """Load a workload from a file, and return a summary of its results."""
+        self.loaded = None
+        self.loaded = Loaded(Path(path))
+        return {"results": self.loaded.results()}
+
+    def round(self, calls: int) -> dict[str, Any]:
+        if self.loaded is None:
+            raise RuntimeError("no workload is loaded")
+        return {"seconds": self.loaded.seconds(calls)}
+
+    def answer(self, line: str) -> dict[str, Any]:
+        request = json.loads(line)
+        try:
+            reply: dict[str, Any] = getattr(self, request.pop("command"))(**request)
+            return reply
+        except Exception as error:
+            traceback.print_exc()
+            return {"error": f"{type(error).__name__}: {error}"}
+
+
+def serve(server: Server, requests: Iterable[str], reply: Callable[[str], Any]) -> None:
+    for line in requests:
+        reply(json.dumps(server.answer(line)) + "\n")
+
+
+def main() -> None:
+    # Replies alone go to stdout; what anything else prints must not come between them.
+    with os.fdopen(os.dup(1), "w", buffering=1) as replies:
+        os.dup2(2, 1)
+        torch.set_num_threads(int(sys.argv[1]))
+        serve(Server(), iter(sys.stdin.readline, ""), replies.write)
+
+
+if __name__ == "__main__":
+    main()

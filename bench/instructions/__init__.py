@@ -1,0 +1,1 @@
+"""Instructions of the CPU kernels: ``python -m bench.instructions.count``."""

@@ -1,0 +1,1 @@
+"""Benchmarks of the ops: each against its rivals, and how its cost grows."""

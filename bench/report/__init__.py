@@ -1,0 +1,1 @@
+"""The report of the benchmark suite: ``python -m bench.report.run``."""

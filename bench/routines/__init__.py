@@ -1,0 +1,1 @@
+"""Benchmarks of the routines, end to end."""

@@ -1,0 +1,94 @@
+// What the kernels of the batch-norm statistics are asked to do, in plain numbers and pointers.
+#pragma once
+
+#include "batch_norm_stats/channel_tensor.h"
+#include "batch_norm_stats/math.h"
+#include "core/cuda/vec.cuh"
+
+namespace kdkernels::cuda {
+
+// A sum with what rounding cut off it, so that the mean of float64 values is rounded once
+struct PreciseSum {
+  double sum = 0, rest = 0;
+
+  KDKERNELS_INLINE void add(double term) {
+    const double joined = sum + term, part = joined - sum;
+    rest += (sum - (joined - part)) + (term - part);
+    sum = joined;
+  }
+  KDKERNELS_INLINE void add(const PreciseSum& other) {
+    add(other.sum);
+    rest += other.rest;
+  }
+  KDKERNELS_INLINE double value() const { return sum + rest; }
+};
+
+// Of some values: their count, sum, and sum of squared distances from their mean
+struct Moments {
+  double count = 0;
+  PreciseSum sum, squares;
+
+  KDKERNELS_INLINE double mean() const { return sum.value() / count; }
+  KDKERNELS_INLINE void merge(const Moments& other) {
+    if (other.count == 0) return;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
+    const double distance = other.mean() - mean(), total = count + other.count;
+    squares.add(distance * distance * (count * (other.count / total)));
+    squares.add(other.squares);
+    sum.add(other.sum);
+    count = total;
+  }
+};
+
+// Statistics and the like are one number a channel, of the type that is computed in.
+struct BatchNormCall {
+  Storage storage = Storage::float32;
+  bool rows = false;
+  int64_t samples = 0, channels = 0, plane = 0;  // plane: values of one sample and channel
+  ChannelTensor input, grad_output, output;
+  bool unbiased = false;
+
+  Moments* partial = nullptr;                                        // [splits, channels]
+  void *mean = nullptr, *variance = nullptr, *mean_error = nullptr;  // results of the statistics
+  const void *given_mean = nullptr, *given_mean_error = nullptr;     // for the gradient
+  const void *grad_mean = nullptr, *grad_variance = nullptr;         // null where there is none
+
+  KDKERNELS_INLINE double count() const { return double(samples) * double(plane); }
+  KDKERNELS_INLINE double divisor() const { return unbiased ? count() - 1 : count(); }
+};
+
+// How the work is divided. Planes: `across` threads a plane, block / across planes at a time; rows: `across` threads
+// over the channels, block / across rows at a time. A statistic is split among `splits` blocks.
+struct BatchNormPlan {
+  unsigned block = 256, grid = 0, across = 1;
+  int64_t splits = 1;
+  int64_t items_of_split = 0;  // samples of a split, or rows
+  int64_t tiles = 1;           // of channels, for rows
+};
+
+BatchNormPlan plan_batch_norm(const BatchNormCall& call, bool gradient);
+
+cudaError_t launch_batch_norm_stats(const BatchNormCall& call, const BatchNormPlan& plan, cudaStream_t stream);
+cudaError_t launch_batch_norm_gradient(const BatchNormCall& call, const BatchNormPlan& plan, cudaStream_t stream);
+
+// All layers' statistics lie one after another in flat arrays; so many layers are computed in one launch.
+constexpr int layers_of_launch = 256;
+
+struct StatDistanceCall {
+  bool is_double = false;
+  math::StatMode mode = math::StatMode::l2;
+  bool root = false;
+  const void* statistics[4] = {};     // mean, variance, running mean, running variance
+  void* losses = nullptr;             // by layer
+  const void* grad_losses = nullptr;  // by layer
+  void* gradients[4] = {};
+  int layers = 0;
+  int64_t first_channel[layers_of_launch + 1] = {};
+};
+
+cudaError_t launch_stat_distances(const StatDistanceCall& call, bool backward, cudaStream_t stream);
+
+}  // namespace kdkernels::cuda

@@ -1,0 +1,101 @@
+// Mean and variance of a channel, and the distance of such statistics from the running ones of a BatchNorm layer.
+#pragma once
+
+#include <cmath>
+
+#include "core/value.h"
+
+namespace kdkernels::math {
+
+// The mean and the sum of squared distances from it, of a number of values. Merging two is exact up to rounding,
+// however far apart their means are.
+template <class Real>
+struct Moments {
+  Real count = 0, mean = 0, squares = 0;
+
+  // From sums around a number that is the mean but for its rounding
+  KDKERNELS_INLINE static Moments around(Real mean, Real count, Real sum, Real sum_of_squares) {
+    return {count, mean, sum_of_squares - sum * sum / count};
+  }
+
+  KDKERNELS_INLINE void merge(const Moments& other) {
+    const Real total = count + other.count;
+    if (total == 0) return;
+    const Real distance = other.mean - mean, share = other.count / total;
+    mean += distance * share;
+    squares += other.squares + distance * distance * count * share;
+    count = total;
+  }
+
+  KDKERNELS_INLINE Real variance(bool unbiased) const { return squares / (unbiased ? count - 1 : count); }
+};
+
+// The gradient by a value of a channel: dmean / n + 2 dvar (x - mean) / n, n - 1 in the second term if unbiased.
+template <class V>
+KDKERNELS_INLINE V statistics_gradient(V x, V mean, V through_mean, V through_variance) {
+  return (x - mean) * through_variance + through_mean;
+}
+
+enum class StatMode { l2, squared, gaussian_kl };
+
+// The distance of a layer's statistics from its running statistics. `measure` of every channel is added up first;
+// value and gradients follow from the sums. The spread that l2 and squared compare is the variance, or its root.
+struct StatDistance {
+  StatMode mode;
+  bool root;
+  double channels;
+
+  struct Channel {
+    double mean, variance, running_mean, running_variance;
+  };
+  struct Sums {
+    double means = 0, spreads = 0;
+  };
+  struct Gradients {
+    double mean, variance, running_mean, running_variance;
+  };
+
+  static constexpr double eps = 1e-8;  // added to both variances of gaussian_kl
+
+  KDKERNELS_INLINE double spread(double variance) const { return root ? std::sqrt(variance) : variance; }
+  // d spread / d variance, 0 where the root has none
+  KDKERNELS_INLINE double slope(double spread) const { return !root ? 1 : spread == 0 ? 0 : 0.5 / spread; }
+
+  KDKERNELS_INLINE void measure(const Channel& c, Sums& sums) const {
+    const double means = c.mean - c.running_mean;
+    if (mode == StatMode::gaussian_kl) {
+      // ln(sigma / running sigma) - (1 - (running variance + distance^2) / variance) / 2
+      const double v = c.variance + eps, r = c.running_variance + eps;
+      sums.means += 0.5 * (std::log(v / r) + ((r - v) + means * means) / v);
+      return;
+    }
+    const double spreads = spread(c.variance) - spread(c.running_variance);
+    sums.means += means * means;
+    sums.spreads += spreads * spreads;
+  }
+
+  KDKERNELS_INLINE double value(const Sums& sums) const {
+    if (mode == StatMode::l2) return std::sqrt(sums.means) + std::sqrt(sums.spreads);
+    return channels > 0 ? (sums.means + sums.spreads) / channels : 0;
+  }
+
+  KDKERNELS_INLINE Gradients gradients(const Channel& c, const Sums& sums) const {
+    const double means = c.mean - c.running_mean;
+    if (mode == StatMode::gaussian_kl) {
+      const double v = c.variance + eps, r = c.running_variance + eps;
+      const double by_mean = means / (v * channels);
+      return {by_mean, 0.5 * ((v - r) - means * means) / (v * v * channels), -by_mean,
+              0.5 * (r - v) / (v * r * channels)};
+    }
+    const double s = spread(c.variance), r = spread(c.running_variance);
+    const double mean_norm = std::sqrt(sums.means), spread_norm = std::sqrt(sums.spreads);
+    double by_mean = 2 * means / channels, by_spread = 2 * (s - r) / channels;
+    if (mode == StatMode::l2) {  // the gradient of a norm at 0 is 0
+      by_mean = mean_norm == 0 ? 0 : means / mean_norm;
+      by_spread = spread_norm == 0 ? 0 : (s - r) / spread_norm;
+    }
+    return {by_mean, by_spread * slope(s), -by_mean, -by_spread * slope(r)};
+  }
+};
+
+}  // namespace kdkernels::math

@@ -1,0 +1,37 @@
+// The backward of gradient reversal.
+#include "gradient_reversal/cuda_kernels.h"
+
+#include "core/cuda/binding.h"
+
+namespace kdkernels::cuda {
+namespace {
+
+Tensor gradient_reversal_backward(Tensor grad_output, Tensor lambd) {
+  const OnDevice device(grad_output);
+  Tensor result = torch::stable::empty_like(grad_output);
+  if (result.numel() == 0) return result;
+  const Tensor source = laid_out_as(grad_output, result);
+  ScaleCall call;
+  call.storage = storage_of(source);
+  call.source = source.const_data_ptr();
+  call.destination = result.mutable_data_ptr();
+  call.count = source.numel();
+  call.coefficient = scalar_argument(lambd);
+  device.check(launch_reversed_scale(call, device.stream()));
+  return result;
+}
+
+Tensor gradient_reversal_copy(Tensor input, Tensor /*lambd*/) {
+  const OnDevice device(input);
+  Tensor result = torch::stable::empty_like(input);
+  torch::stable::copy_(result, input);
+  return result;
+}
+
+}  // namespace
+}  // namespace kdkernels::cuda
+
+KDKERNELS_REGISTER(m) {
+  m.impl("gradient_reversal_backward.native", TORCH_BOX(&kdkernels::cuda::gradient_reversal_backward));
+  m.impl("gradient_reversal_copy.native", TORCH_BOX(&kdkernels::cuda::gradient_reversal_copy));
+}

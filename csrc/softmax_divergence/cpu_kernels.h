@@ -1,0 +1,324 @@
+// Divergences between softmax distributions: tiles of logits are read from memory, computed group by group in cache,
+// and written back.
+#pragma once
+
+#include "core/cpu/scratch.h"
+#include "softmax_divergence/cpu_passes.h"
+
+namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
+
+// Where an operand of a tile lies
+struct Place {
+  char* data;
+  int64_t class_stride, position_stride;  // in numbers
+  int64_t size;                           // of a number, in bytes
+};
+
+// Neighbouring positions of one run
+struct Tile {
+  int64_t first, count;  // positions
+  int64_t classes;
+  Place place[operands];
+};
+
+template <bool classes_in_lanes, class V>
+KDKERNELS_INLINE int64_t vectors_of(int64_t classes) {
+  return classes_in_lanes ? (classes + lanes<V> - 1) / lanes<V> : classes;
+}
+
+// Rows of numbers of the type that is computed with are read and written where they lie, without a copy.
+template <bool classes_in_lanes, class S>
+KDKERNELS_INLINE bool in_place(const Place& place) {
+  return classes_in_lanes && place.class_stride == 1 && place.size == sizeof(S);
+}
+
+// Lanes that hold no class get -inf, which has no mass; lanes that hold no position get 0.
+template <bool classes_in_lanes, class V, class T>
+KDKERNELS_INLINE void read_tile(const Tile& tile, bool teacher, const Place& place, Scalar<V>* scratch) {
+  using S = Scalar<V>;
+  const T* source = reinterpret_cast<const T*>(place.data);
+  const int64_t n = vectors_of<classes_in_lanes, V>(tile.classes), stride = place.class_stride;
+  const int64_t between = Strip<V>::arrays * n;
+  V* const first = reinterpret_cast<V*>(scratch) + (teacher ? n : 0);
+  if (classes_in_lanes) {
+    for (int64_t k = 0; k < tile.count; ++k, source += place.position_stride) {
+      V* const row = first + k * between;
+      if (stride == 1) {
+        const int64_t full = tile.classes / lanes<V>, rest = tile.classes - full * lanes<V>;
+        if (!in_place<classes_in_lanes, S>(place)) {
+          for (int64_t i = 0; i < full; ++i) row[i] = load<V>(source + i * lanes<V>);
+        }
+        if (rest > 0) {
+          // What lies behind the row is more of the tensor, except behind the last.
+          const T* const end = source + full * lanes<V>;
+          const bool more = k + 1 < tile.count && place.position_stride >= lanes<V>;
+          row[full] =
+              more ? keep_lanes(load<V>(end), rest, -math::infinity<V>) : load_part<V>(end, rest, -math::infinity<V>);
+        }
+      } else {
+        row[n - 1] = splat<V>(-math::infinity<V>);
+        S* const flat = reinterpret_cast<S*>(row);
+        for (int64_t c = 0; c < tile.classes; ++c) flat[c] = load_one<S>(source + c * stride);
+      }
+    }
+  } else {
+    const int64_t full = place.position_stride == 1 ? tile.count / lanes<V> : 0;
+    for (int64_t c = 0; c < tile.classes; ++c) {
+      for (int64_t k = 0; k < full; ++k) first[k * between + c] = load<V>(source + c * stride + k * lanes<V>);
+    }
+    if (tile.count % lanes<V> != 0) {
+      V* const last = first + tile.count / lanes<V> * between;
+      for (int64_t c = 0; c < n; ++c) last[c] = V{};
+    }
+    for (int64_t l = full * lanes<V>; l < tile.count; ++l) {
+      S* const flat = reinterpret_cast<S*>(first + l / lanes<V> * between) + l % lanes<V>;
+      const T* const position = source + l * place.position_stride;
+      for (int64_t c = 0; c < tile.classes; ++c) flat[c * lanes<V>] = load_one<S>(position + c * stride);
+    }
+  }
+}
+
+template <bool classes_in_lanes, class V, class T>
+KDKERNELS_INLINE void write_tile(const Tile& tile, bool teacher, const Place& place, const Scalar<V>* scratch) {
+  using S = Scalar<V>;
+  T* destination = reinterpret_cast<T*>(place.data);
+  const int64_t n = vectors_of<classes_in_lanes, V>(tile.classes), stride = place.class_stride;
+  const int64_t between = Strip<V>::arrays * n;
+  const V* const first = reinterpret_cast<const V*>(scratch) + (teacher ? n : 0);
+  if (classes_in_lanes) {
+    for (int64_t k = 0; k < tile.count; ++k, destination += place.position_stride) {
+      const V* const row = first + k * between;
+      if (stride == 1) {
+        const int64_t full = tile.classes / lanes<V>, rest = tile.classes - full * lanes<V>;
+        for (int64_t i = 0; i < full; ++i) store(destination + i * lanes<V>, row[i]);
+        if (rest > 0) store_part(destination + full * lanes<V>, row[full], rest);
+      } else {
+        const S* const flat = reinterpret_cast<const S*>(row);
+        for (int64_t c = 0; c < tile.classes; ++c) store<S>(destination + c * stride, flat[c]);
+      }
+    }
+  } else {
+    const int64_t full = place.position_stride == 1 ? tile.count / lanes<V> : 0;
+    for (int64_t c = 0; c < tile.classes; ++c) {
+      for (int64_t k = 0; k < full; ++k) store(destination + c * stride + k * lanes<V>, first[k * between + c]);
+    }
+    for (int64_t l = full * lanes<V>; l < tile.count; ++l) {
+      const S* const flat = reinterpret_cast<const S*>(first + l / lanes<V> * between) + l % lanes<V>;
+      T* const position = destination + l * place.position_stride;
+      for (int64_t c = 0; c < tile.classes; ++c) store<S>(position + c * stride, flat[c * lanes<V>]);
+    }
+  }
+}
+
+// What the gradient at a position is multiplied with: grad_output and the weight of the term
+template <class S>
+KDKERNELS_INLINE S scale_of(const SoftmaxCall& call, int64_t position, double weight) {
+  const S* grad_output = static_cast<const S*>(call.grad_output);
+  const double grad = grad_output == nullptr ? 1.0 : double(grad_output[position * call.grad_stride]);
+  return S(grad * weight * call.normalizer);
+}
+
+KDKERNELS_INLINE bool is_ignored(const SoftmaxCall& call, int64_t position) {
+  return call.labels != nullptr && call.labels[position] == call.ignored_label;
+}
+
+// What an ignored position holds must not matter, even if it is NaN.
+template <bool classes_in_lanes, class V>
+KDKERNELS_INLINE void clear_position(Group<classes_in_lanes, V>& group, int l) {
+  const int k = classes_in_lanes ? l : 0;
+  const Strip<V> strip = group.strip(k);
+  for (int64_t i = 0; i < group.vectors; ++i) {
+    if constexpr (classes_in_lanes) {
+      strip.input[i] = strip.target[i] = V{};
+    } else {
+      set_lane(strip.input[i], l, 0);
+      set_lane(strip.target[i], l, 0);
+    }
+  }
+  group.student.logits[k] = reinterpret_cast<const Scalar<V>*>(strip.input);
+  group.teacher.logits[k] = reinterpret_cast<const Scalar<V>*>(strip.target);
+}
+
+// Says where the strips of a group from position `start` of a tile on are read and written.
+template <bool classes_in_lanes, class V>
+KDKERNELS_INLINE void place_side(const Tile& tile, int64_t start, Group<classes_in_lanes, V>& group, bool teacher) {
+  using S = Scalar<V>;
+  Side<V>& side = teacher ? group.teacher : group.student;
+  const Place& logits = tile.place[teacher ? OperandIndex::teacher : OperandIndex::student];
+  const Place& gradient = tile.place[teacher ? teacher_gradient : student_gradient];
+  const bool logits_in_place = in_place<classes_in_lanes, S>(logits);
+  const bool gradient_in_place = in_place<classes_in_lanes, S>(gradient);
+  side.whole = gradient_in_place ? group.whole : group.vectors;
+  side.rest = gradient_in_place ? tile.classes - group.whole * lanes<V> : 0;
+  for (int k = 0; k < group.strips; ++k) {
+    const Strip<V> strip = group.strip(k);
+    S* const scratch = reinterpret_cast<S*>(teacher ? strip.target : strip.input);
+    const auto at = [&](const Place& place) {
+      return reinterpret_cast<S*>(place.data) + (start + k) * place.position_stride;
+    };
+    side.logits[k] = logits_in_place ? at(logits) : scratch;
+    side.gradient[k] = gradient_in_place ? at(gradient) : scratch;
+  }
+}
+
+// Gives a group the labels and scales of its positions, `count` from `position` on.
+template <bool classes_in_lanes, class V>
+KDKERNELS_INLINE void prepare_group(const SoftmaxCall& call, Group<classes_in_lanes, V>& group, int64_t position,
+                                    int count) {
+  using S = Scalar<V>;
+  const bool alike = call.grad_stride == 0;
+  group.scale = splat<V>(scale_of<S>(call, 0, call.divergence_weight));
+  group.hard_scale = splat<V>(scale_of<S>(call, 0, call.label_weight));
+  for (int l = 0; l < count && (!alike || call.labels != nullptr); ++l) {
+    if (is_ignored(call, position + l)) {
+      clear_position(group, l);
+      set_lane(group.scale, l, 0);
+      set_lane(group.hard_scale, l, 0);
+      continue;
+    }
+    if (call.labels != nullptr) set_lane(group.label, l, call.labels[position + l]);
+    if (alike) continue;
+    set_lane(group.scale, l, scale_of<S>(call, position + l, call.divergence_weight));
+    set_lane(group.hard_scale, l, scale_of<S>(call, position + l, call.label_weight));
+  }
+}
+
+template <bool classes_in_lanes, class V>
+KDKERNELS_INLINE double losses_of(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group, int64_t position,
+                                  int count) {
+  double total = 0;
+  for (int l = 0; l < count; ++l) {
+    double loss = 0;
+    if (!is_ignored(call, position + l)) {
+      if (call.divergence_weight != 0) loss += call.divergence_weight * double(lane(group.divergence, l));
+      if (call.label_weight != 0) loss += call.label_weight * double(lane(group.cross_entropy, l));
+    }
+    if (call.position_loss != nullptr) static_cast<Scalar<V>*>(call.position_loss)[position + l] = Scalar<V>(loss);
+    total += loss;
+  }
+  return total;
+}
+
+// Asks for what the strips of the next tile will read and write where each class of theirs is a short piece of memory
+// far from the next. Whole rows the hardware foresees.
+template <bool classes_in_lanes, class V>
+struct FetchAhead {
+  const Tile& tile;
+  int64_t first_strip;
+
+  KDKERNELS_INLINE void operator()(int k) const {
+    const int64_t first = (first_strip + k) * lanes<V>;
+    if (classes_in_lanes || first >= tile.count) return;
+    for (const Place& place : tile.place) {
+      if (place.data == nullptr || place.position_stride != 1) continue;
+      const char* piece = place.data + first * place.size;
+      for (int64_t c = 0; c < tile.classes; ++c) prefetch(piece + c * place.class_stride * place.size);
+    }
+  }
+};
+
+template <bool classes_in_lanes, Divergence divergence, class V>
+KDKERNELS_INLINE double compute_tile(const SoftmaxCall& call, const SoftmaxOptions<Scalar<V>>& options,
+                                     const Tile& tile, const Tile& next, Scalar<V>* scratch) {
+  const int64_t n = vectors_of<classes_in_lanes, V>(tile.classes);
+  V* memory = reinterpret_cast<V*>(scratch);
+  double total = 0;
+  for (int64_t start = 0, strips = 0; start < tile.count; start += lanes<V>) {
+    const int count = int(tile.count - start < lanes<V> ? tile.count - start : lanes<V>);
+    Group<classes_in_lanes, V> group;
+    group.memory = memory;
+    group.vectors = n;
+    group.whole = classes_in_lanes ? tile.classes / lanes<V> : n;
+    group.strips = classes_in_lanes ? count : 1;
+    place_side(tile, start, group, false);
+    place_side(tile, start, group, true);
+    prepare_group(call, group, tile.first + start, count);
+    const FetchAhead<classes_in_lanes, V> ahead{next, strips};
+    if (options.labels) {
+      process_group<divergence, true>(group, options, ahead);
+    } else {
+      process_group<divergence, false>(group, options, ahead);
+    }
+    total += losses_of(call, group, tile.first + start, count);
+    memory += group.strips * Strip<V>::arrays * n;
+    strips += group.strips;
+  }
+  return total;
+}
+
+KDKERNELS_INLINE Place place_of(const SoftmaxOperand& operand, const SoftmaxCall& call, int64_t run, int64_t first) {
+  if (operand.data == nullptr) return {};
+  int64_t element = first * operand.inner_stride;
+  for (int d = call.outer_dims - 1; d >= 0; --d) {
+    element += run % call.outer_size[d] * operand.outer_stride[d];
+    run /= call.outer_size[d];
+  }
+  const int64_t size = size_of(operand.storage);
+  return {static_cast<char*>(operand.data) + element * size, operand.class_stride, operand.inner_stride, size};
+}
+
+KDKERNELS_INLINE Tile tile_at(const SoftmaxCall& call, int64_t item) {
+  const int64_t run = item / call.tiles_in_run, first = item % call.tiles_in_run * call.tile;
+  const int64_t rest = call.inner - first;
+  Tile tile{run * call.inner + first, rest < call.tile ? rest : call.tile, call.classes, {}};
+  for (int o = 0; o < operands; ++o) tile.place[o] = place_of(call.operand[o], call, run, first);
+  return tile;
+}
+
+template <bool classes_in_lanes, Divergence divergence, class S>
+double compute_tiles(const SoftmaxCall& call, int64_t begin, int64_t end) {
+  using V = Vector<S, KDKERNELS_VECTOR_BYTES>;
+  SoftmaxOptions<S> options;
+  options.inverse_temperature = S(1 / call.temperature);
+  options.beta = S(call.beta);
+  options.reverse = call.reverse;
+  options.labels = call.labels != nullptr && call.label_weight != 0;
+  options.divergence = call.divergence_weight != 0;
+  options.want_input_gradient = call.operand[student_gradient].data != nullptr;
+  options.want_target_gradient = call.operand[teacher_gradient].data != nullptr;
+
+  const int64_t strips = classes_in_lanes ? call.tile : (call.tile + lanes<V> - 1) / lanes<V>;
+  const Scratch<S> scratch(strips * Strip<V>::arrays * vectors_of<classes_in_lanes, V>(call.classes) * lanes<V>);
+  double total = 0;
+  Tile tile = tile_at(call, begin);
+  for (int64_t item = begin; item < end; ++item) {
+    const Tile next = item + 1 < end ? tile_at(call, item + 1) : Tile{};
+    for (int o = student; o <= teacher; ++o) {
+      with_storage(call.operand[o].storage, [&](auto storage) {
+        read_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher, tile.place[o], scratch.get());
+      });
+    }
+    total += compute_tile<classes_in_lanes, divergence, V>(call, options, tile, next, scratch.get());
+    for (int o = student_gradient; o <= teacher_gradient; ++o) {
+      if (call.operand[o].data == nullptr || in_place<classes_in_lanes, S>(tile.place[o])) continue;
+      with_storage(call.operand[o].storage, [&](auto storage) {
+        write_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher_gradient, tile.place[o], scratch.get());
+      });
+    }
+    tile = next;
+  }
+  return total;
+}
+
+template <bool classes_in_lanes, class S>
+double choose_divergence(const SoftmaxCall& call, int64_t begin, int64_t end) {
+  switch (call.divergence) {
+    case Divergence::kl:
+      return compute_tiles<classes_in_lanes, Divergence::kl, S>(call, begin, end);
+    case Divergence::js:
+      return compute_tiles<classes_in_lanes, Divergence::js, S>(call, begin, end);
+    default:
+      return compute_tiles<classes_in_lanes, Divergence::clamped_js, S>(call, begin, end);
+  }
+}
+
+double softmax_tiles(const SoftmaxCall& call, int64_t begin, int64_t end) {
+  if (call.is_double) {
+    return call.classes_in_lanes ? choose_divergence<true, double>(call, begin, end)
+                                 : choose_divergence<false, double>(call, begin, end);
+  }
+  return call.classes_in_lanes ? choose_divergence<true, float>(call, begin, end)
+                               : choose_divergence<false, float>(call, begin, end);
+}
+
+}  // namespace kdkernels::cpu::KDKERNELS_CAPABILITY

@@ -1,0 +1,151 @@
+// Divergences between the softmax distributions of one row of student and one row of teacher logits.
+//
+// Logits enter shifted by the maximum of their row and divided by the temperature, so that they are at most 0:
+// s = (z_s - max z_s) / T, t = (z_t - max z_t) / T. Sums over the classes of the row:
+//   d_s = sum e^s,  d_t = sum e^t;   q = e^s / d_s (student), p = e^t / d_t (teacher).
+// A class with p = 0 adds nothing to a sum weighted by p, even where the other factor is infinite.
+#pragma once
+
+#include "core/fast_exp.h"
+
+namespace kdkernels::math {
+
+template <class V>
+KDKERNELS_INLINE V weighted(V weight, V value) {
+  return select(weight > Scalar<V>(0), weight * value, weight);
+}
+
+// What rounding cuts off a - b, 0 where the difference is infinite
+template <class V>
+KDKERNELS_INLINE V difference_error(V a, V b, V difference) {
+  V b_part = a - difference;
+  V error = (a - (difference + b_part)) + (b_part - b);
+  return select(error == error, error, V{});
+}
+
+// A formula comes in parts, so that a kernel may do one for many classes before it does the next: a processor looks
+// only some 200 operations ahead, and shorter chains of operations that wait for each other leave it more to choose
+// from.
+
+// KL(p || q) = sum p ln(p/q). Since sum (q - p) = 0, adding q - p to every term changes nothing but the rounding:
+// each term becomes p (e^-r - 1 + r) >= 0 with r = ln(p/q), of second order in r, and an error common to all r
+// cancels. So the sum is accurate to a few units in the last place even where teacher and student nearly agree.
+template <class V>
+struct KullbackLeibler {
+  struct Begun {
+    V teacher_larger, student_larger;  // the term where p or q is the larger, as a share of it
+    V expm1;
+  };
+  struct Terms {
+    V value;
+    V difference;  // q - p, which is T times the gradient by the student's logit
+  };
+
+  KDKERNELS_INLINE static Begun begin(V log_ratio) {
+    ExpDifferences<V> e = exp_differences(-absolute(log_ratio));
+    return {e.rest, e.product_rest, e.expm1};
+  }
+  KDKERNELS_INLINE static Terms finish(V q, V p, V log_ratio, const Begun& begun) {
+    auto teacher_larger = log_ratio > Scalar<V>(0);
+    V larger = select(teacher_larger, p, q);
+    return {weighted(larger, select(teacher_larger, begun.teacher_larger, begun.student_larger)),
+            weighted(larger, select(teacher_larger, begun.expm1, -begun.expm1))};
+  }
+};
+
+// What one class gives to a divergence J of q and p: its term, and the derivatives by q and by p. By the Jacobian
+// of softmax, T dJ/dz_s = q (g_q - sum q g_q); a constant added to all g_q changes nothing. `far_q` and `far_p`
+// are for the formula's total.
+template <class V>
+struct PairTerms {
+  V value;
+  V q_derivative, p_derivative;
+  V far_q, far_p;
+};
+
+// J = beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1.
+//
+// With b the larger of p and q, w the weight of the smaller, x = ln(smaller / b) <= 0 and y = w (e^x - 1), m is
+// b (1 + y) and the term is b (w x e^x - (1 + y) ln(1 + y)). Where p and q are close, what is of first order in it
+// cancels and is left out. Where they are far apart, J is close to its bound, h = -beta ln(beta) - (1 - beta)
+// ln(1 - beta): with k = w / (1 - w) and e = ln(1 + k e^x), a class takes b ((1 - w) e + w e^x (e - ln(k) - x)) from
+// its share of h, -(beta ln(beta) p + (1 - beta) ln(1 - beta) q).
+template <class V>
+struct JensenShannon {
+  using S = Scalar<V>;
+  S beta;
+  S log_beta, log_rest;  // ln(beta), ln(1 - beta)
+
+  struct Begun {
+    V y, exp, product, product_rest;  // y; e^x, x e^x, x e^x - (e^x - 1)
+    Log1p<V> log1p;
+  };
+
+  KDKERNELS_INLINE explicit JensenShannon(S beta)
+      : beta(beta), log_beta(S(std::log(double(beta)))), log_rest(S(std::log1p(-double(beta)))) {}
+
+  KDKERNELS_INLINE Begun begin(V log_ratio) const {
+    V weight = select(log_ratio > S(0), splat<V>(1 - beta), splat<V>(beta));
+    ExpDifferences<V> e = exp_differences(-absolute(log_ratio));
+    return {weight * e.expm1, e.exp, e.product, e.product_rest, Log1p<V>()};
+  }
+  KDKERNELS_INLINE void go_on(V log_ratio, Begun& begun) const {
+    V odds = select(log_ratio > S(0), splat<V>((1 - beta) / beta), splat<V>(beta / (1 - beta)));
+    begun.log1p = log1p_parts(select(begun.exp < S(1.0 / 16), odds * begun.exp, begun.y));
+  }
+
+  KDKERNELS_INLINE PairTerms<V> finish(V q, V p, V log_ratio, const Begun& begun) const {
+    const S rest = 1 - beta;
+    const Bits<V> teacher_larger = log_ratio > S(0);
+    V larger = select(teacher_larger, p, q);
+    V weight = select(teacher_larger, splat<V>(rest), splat<V>(beta));
+    V log_odds = select(teacher_larger, splat<V>(log_rest - log_beta), splat<V>(log_beta - log_rest));
+    V log_larger_weight = select(teacher_larger, splat<V>(log_beta), splat<V>(log_rest));
+    V y = begun.y, exp = begun.exp;
+    const Bits<V> far = exp < S(1.0 / 16);
+    const Log1p<V> log1p = begun.log1p;
+    V one_plus_y = y + S(1);
+    V close = weight * begun.product_rest - (y * y + log1p.rest * one_plus_y);
+    V middle = weight * begun.product - one_plus_y * log1p.value;
+    V near_value = select(y > S(-0.25), close, middle);
+    V far_value = weight * (begun.product - exp * (log1p.value - log_odds)) - (splat<V>(1) - weight) * log1p.value;
+    V log_mean = log1p.value + select(far, log_larger_weight, V{});  // ln(m / larger)
+    V log_p = minimum(log_ratio, V{}) - log_mean;                    // ln(p / m)
+    V log_q = -maximum(log_ratio, V{}) - log_mean;
+    return {weighted(larger, select(far, far_value, near_value)), log_q * rest, log_p * beta, select(far, q, V{}),
+            select(far, p, V{})};
+  }
+
+  // far_q and far_p are the probabilities of the far classes, as shares of the whole so that they are exact near 1
+  KDKERNELS_INLINE V total(V sum_of_values, V far_q, V far_p) const {
+    return sum_of_values - (far_p * (beta * log_beta) + far_q * ((1 - beta) * log_rest));
+  }
+};
+
+// The competition term as published: KL(m || p)/2 + KL(m || q)/2 of probabilities clamped to [0.01, 0.99] after
+// the mean m = (p + q)/2 is taken, not renormalized. Outside the range a clamp has gradient 0.
+template <class V>
+struct ClampedJensenShannon {
+  struct Begun {};
+
+  static constexpr Scalar<V> low = Scalar<V>(0.01), high = Scalar<V>(0.99);
+
+  KDKERNELS_INLINE static V clamp(V x) { return minimum(splat<V>(high), maximum(splat<V>(low), x)); }
+  // 1 where the clamp lets the gradient through, its ends included
+  KDKERNELS_INLINE static V inside(V x) { return select(clamp(x) == x, splat<V>(1), V{}); }
+  KDKERNELS_INLINE Begun begin(V /*log_ratio*/) const { return {}; }
+  KDKERNELS_INLINE void go_on(V /*log_ratio*/, Begun& /*begun*/) const {}
+  KDKERNELS_INLINE PairTerms<V> finish(V q, V p, V /*log_ratio*/, Begun /*begun*/) const {
+    constexpr Scalar<V> half = Scalar<V>(0.5);
+    V m = (p + q) * half;
+    V clamped_p = clamp(p), clamped_q = clamp(q), clamped_m = clamp(m);
+    V gap = (log_quotient(clamped_m, clamped_p) + log_quotient(clamped_m, clamped_q)) * half;
+    V through_mean = inside(m) * (gap + Scalar<V>(1)) * half;
+    return {clamped_m * gap, through_mean - inside(q) * clamped_m / clamped_q * half,
+            through_mean - inside(p) * clamped_m / clamped_p * half, V{}, V{}};
+  }
+
+  KDKERNELS_INLINE V total(V sum_of_values, V /*far_q*/, V /*far_p*/) const { return sum_of_values; }
+};
+
+}  // namespace kdkernels::math

@@ -1,0 +1,135 @@
+"""Checks of arguments that several ops share. Each names the argument, what it was, and what is accepted."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops import _registry
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("none", "mean", "sum", "batchmean")
+
+
+def check_floating(name: str, tensor: object) -> None:
+    """Raise unless the argument is a tensor of fp16, bf16, fp32 or fp64."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
+    """Raise unless the argument is one of the accepted strings."""
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless two tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; they must be on one device")
+
+
+def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless two tensors have the same shape; nothing is broadcast."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and {other_name} {tuple(other.shape)}; they must be the same"
+        )
+
+
+def check_scalar(
+    name: str, value: object, like: Tensor, *, minimum: float = -math.inf, maximum: float = math.inf, grad: bool = False
+) -> None:
+    """Raise unless the argument is a number or a 0-dim tensor on the CPU or beside another tensor.
+
+    Args:
+        name: of the argument.
+        value: what was given. Values of tensors that cannot be read here are checked by the CPU kernels.
+        like: the tensor that it is used with.
+        minimum: the smallest accepted number; 0 with ``maximum=inf`` means positive.
+        maximum: the largest accepted number; infinity and NaN are not accepted.
+        grad: whether the function computes a gradient for it.
+
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype not in FLOATING:
+            raise ValueError(
+                f"{name} must be a number or a 0-dim floating tensor, got a tensor of shape {tuple(value.shape)} "
+                f"and {value.dtype}"
+            )
+        if value.device.type != "cpu" and value.device != like.device:
+            raise ValueError(f"{name} is on {value.device}; expected the CPU or {like.device}")
+        if value.requires_grad and not grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but no gradient is computed for it; detach it")
+        if not _readable(value):
+            return
+        value = float(value.detach())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+    positive = minimum == 0 and maximum == math.inf
+    if not (minimum < value if positive else minimum <= value) or not value <= maximum or abs(value) == math.inf:
+        accepted = "a finite number"
+        if positive:
+            accepted = "a positive, finite number"
+        elif maximum < math.inf:
+            accepted = f"a number in [{minimum:g}, {maximum:g}]"
+        raise ValueError(f"{name} is {value!r}; expected {accepted}")
+
+
+def _readable(scalar: Tensor) -> bool:
+    """Tell whether a tensor has a value that Python may see: on the CPU, neither traced nor transformed."""
+    plain = type(scalar) is Tensor or type(scalar) is torch.nn.Parameter
+    traced = torch.compiler.is_compiling() or _registry.is_transformed()
+    return plain and scalar.device.type == "cpu" and not traced
+
+
+def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """Turn a Python number into the 0-dim tensor that enters an op.
+
+    Inside a compiled graph it becomes one by multiplication: a constant would compile anew for every value.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if torch.compiler.is_compiling():
+        dtype = torch.float32 if like.device.type == "mps" else torch.float64
+        return like.new_ones((), dtype=dtype) * value
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+
+
+def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int | None, reduction: str) -> int:
+    """Check what can be seen without reading values; return the class dimension, counted from the front."""
+    check_floating("input", input)
+    check_floating("target", target)
+    check_same_shape("input", input, "target", target)
+    check_same_device("input", input, "target", target)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if input.dim() == 0:
+        raise ValueError("input has no dimensions; expected one for the classes at least")
+    if dim is None:
+        if input.dim() > 2:
+            raise ValueError(
+                f"dim is required for logits of more than 2 dimensions, here {tuple(input.shape)}: "
+                "dim=1 for [B, C, H, W], dim=-1 for [B, T, C]"
+            )
+        dim = -1
+    if not -input.dim() <= dim < input.dim():
+        raise ValueError(f"dim is {dim}; expected a dimension of the {input.dim()}-dimensional input")
+    dim %= input.dim()
+    if input.shape[dim] == 0:
+        raise ValueError(f"input has 0 classes: shape {tuple(input.shape)}, dim={dim}")
+    if reduction == "batchmean" and dim == 0 and input.dim() > 1:
+        raise ValueError("reduction='batchmean' divides by the size of dimension 0, which holds the classes (dim=0)")
+    if labels is not None:
+        positions = input.shape[:dim] + input.shape[dim + 1 :]
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels must be a tensor of class indices, torch.int64, got {got}")
+        if labels.shape != positions:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; expected {tuple(positions)}, input's shape without dim {dim}"
+            )
+        check_same_device("input", input, "labels", labels)
+    return dim

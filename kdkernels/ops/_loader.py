@@ -1,0 +1,109 @@
+"""Loads what was compiled, and remembers why the rest is missing."""
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+from kdkernels._version import __version__
+
+_LIBRARIES = {"_C": "CPU kernels", "_cuda": "CUDA kernels"}
+_missing: dict[str, str] = {}
+_compiled: dict[str, Any] = {}
+_devices: dict[int, str | None] = {}
+
+
+def load_libraries() -> None:
+    """Import the compiled libraries, which registers their kernels with torch."""
+    for name, content in _LIBRARIES.items():
+        if importlib.util.find_spec(f"kdkernels.{name}") is None:
+            _missing[name] = f"the {content} were not built (KDKERNELS_BUILD was none, cpu, or auto without nvcc)"
+            continue
+        try:
+            library = importlib.import_module(f"kdkernels.{name}")
+        except ImportError as error:
+            _missing[name] = f"the {content} were built but do not load: {error}"
+            warnings.warn(
+                f"kdkernels: {_missing[name]}. The next backend is used instead; "
+                "`python -m kdkernels doctor` says which.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            continue
+        _compiled[name] = library.build_info()
+
+
+def why_missing(device_type: str) -> str | None:
+    """Why no native kernels are loaded for a device, or None where they are."""
+    return _missing.get({"cpu": "_C", "cuda": "_cuda"}.get(device_type, ""))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not_device(index: int | None) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU, or None where they can; compared before the first launch."""
+    if "_cuda" not in _compiled or not torch.cuda.is_initialized():
+        return None  # nothing runs, as on the fake tensors of a machine without a GPU
+    index = torch.cuda.current_device() if index is None else index
+    if index not in _devices:
+        _devices[index] = _compare(torch.cuda.get_device_capability(index), _compiled["_cuda"]["architectures"])
+    return _devices[index]
+
+
+def _compare(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Say why none of the architectures, such as "sm_90" or "compute_90" (PTX), serves a capability."""
+    major, minor = capability
+    for architecture in architectures:
+        kind, _, number = architecture.partition("_")
+        at = divmod(int(number.rstrip("af")), 10)
+        if number.endswith("a"):  # code for one GPU alone
+            served = at == capability
+        elif kind == "sm" or number.endswith("f"):  # later minor versions too
+            served = at[0] == major and at[1] <= minor
+        else:  # PTX: everything later
+            served = at <= capability
+        if served:
+            return None
+    return (
+        f"the GPU has compute capability {major}.{minor}, but the CUDA kernels were compiled for "
+        f"{', '.join(architectures)}; build with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def why_no_triton() -> str | None:
+    """Why there is no Triton backend, or None where there is."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+
+
+def triton_keys() -> tuple[str, ...]:
+    """For which dispatch keys the Triton kernels are registered; on the CPU they run in Triton's interpreter."""
+    if why_no_triton() is not None:
+        return ()
+    return ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
+
+
+def build_info() -> dict[str, Any]:
+    """Describe what is installed: versions, what was compiled and how, and which backend each op takes and why.
+
+    Returns:
+        A dictionary: ``version``, ``torch``, ``torch_cuda`` (``None`` for a CPU build of torch), ``python``,
+        ``compiled`` (by library: compiler, stable-ABI target, CPU capability), ``missing`` (by library, the
+        reason), and ``backends``: by device type and op, the pair (backend, reason).
+
+    """
+    from kdkernels.ops import _registry
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": f"{platform.python_version()} on {sys.platform}",
+        "compiled": dict(_compiled),
+        "missing": dict(_missing),
+        "backends": {device: _registry.explain(device) for device in devices},
+    }

@@ -1,0 +1,259 @@
+"""Ops and the backends that compute them.
+
+An op is defined once, by :func:`define`: its schema, its fake implementation and its autograd formula. Each backend
+is an overload of it, ``torch.ops.kdkernels.<op>.<backend>``. A public function picks the overload; the autograd
+formula calls the overload of the same backend, whatever the choice is by the time of the backward.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+
+from kdkernels.ops import _loader
+
+Backend = Literal["auto", "native", "triton", "reference"]
+BACKENDS = ("native", "triton", "reference")
+
+_library = torch.library.Library("kdkernels", "DEF")
+_ops: dict[str, "Op"] = {}
+_requested: str = "auto"
+_debug: bool = False
+
+
+class Op:
+    """An op with an overload for each backend."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        packet = getattr(torch.ops.kdkernels, name)
+        self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in BACKENDS}
+        self.functions: dict[str, type[_Function]] = {}
+
+    def run(self, backend: str, *arguments: Any) -> Any:
+        """Compute with a backend.
+
+        Without a compiler an autograd function calls the overload: it costs half of what a registered formula does,
+        and works under ``torch.func``.
+        """
+        if self.functions and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.functions[backend].apply(*arguments)
+        return self.overloads[backend](*arguments)
+
+    def run_on(self, device: torch.device, *arguments: Any) -> Any:
+        """Compute with the backend chosen for a device."""
+        return self.run(self.choose(device), *arguments)
+
+    def choose(self, device: torch.device) -> str:
+        """Return the backend that computes on a device, after :func:`set_backend` and what is available there."""
+        for backend in BACKENDS:
+            if _requested in ("auto", backend) and self.available(backend, device):
+                return backend
+        raise RuntimeError(
+            f"the backend {_requested!r} was requested, but {self.name} cannot take it on {device}: "
+            f"{self.why_not(_requested, device)}. set_backend('auto') takes the best that is there."
+        )
+
+    def available(self, backend: str, device: torch.device) -> bool:
+        """Tell whether a backend has this op for a device."""
+        if backend == "reference":
+            return True
+        if (self.name, backend, device.type) not in _kernels:
+            return False
+        return backend != "native" or device.type != "cuda" or _loader.why_not_device(device.index) is None
+
+    def why_not(self, backend: str, device: torch.device) -> str:
+        """Say why a backend is not available."""
+        reason = None
+        if backend == "native":
+            reason = _loader.why_missing(device.type)
+            if reason is None and device.type == "cuda":
+                reason = _loader.why_not_device(device.index)
+        elif backend == "triton" and device.type == "cuda":
+            reason = _loader.why_no_triton()
+        name = "Triton" if backend == "triton" else backend
+        return reason or f"kdkernels has no {name} kernel of {self.name} for devices of type {device.type!r}"
+
+
+def is_transformed() -> bool:
+    """Tell whether a transform of ``torch.func`` is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+class _Function(torch.autograd.Function):
+    """Calls an overload; its subclasses have the autograd formula of an op for one backend."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if is_transformed():
+            return super().apply(*arguments)  # type: ignore[no-untyped-call]
+        # torch's own apply looks at the signature of forward first, which takes as long as a small kernel.
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+def _function(overload: Any, setup: Callable[..., None], formula: Callable[..., Any]) -> type[_Function]:
+    class Function(_Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return overload(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            return formula(ctx, *cotangents)
+
+    Function.__name__ = Function.__qualname__ = f"{overload._opname}_{overload._overloadname}"
+    return Function
+
+
+_kernels: set[tuple[str, str, str]] = set()
+
+
+def find_kernels() -> None:
+    """Note for which devices each overload has a kernel; called once the libraries are loaded."""
+    for op in _ops.values():
+        for backend in op.overloads:
+            for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{op.name}.{backend}", key):
+                    _kernels.add((op.name, backend, device_type))
+
+
+def define(
+    name: str,
+    signature: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Op:
+    """Define an op for every backend.
+
+    Args:
+        name: of the op.
+        signature: of the op, without the name: ``(Tensor input) -> Tensor``.
+        reference: computes the op in PyTorch on any device.
+        fake: computes shapes and dtypes of the results from fake tensors and checks the arguments' shapes.
+        setup_context: saves what the backward needs; ``ctx.backend`` is set before.
+        backward: the autograd formula; it finds the backend of the forward in ``ctx.backend``.
+
+    """
+    for backend in BACKENDS:
+        _library.define(f"{name}.{backend}{signature}")
+    op = _ops[name] = Op(name)
+    for backend in BACKENDS:
+        qualified = f"kdkernels::{name}.{backend}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        if backward is not None:
+            setup = _with_backend(backend, setup_context)
+            torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
+            op.functions[backend] = _function(op.overloads[backend], setup, backward)
+    _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+    for key in _loader.triton_keys():
+        _library.impl(f"{name}.triton", _triton_launcher(reference.__module__.rpartition(".")[0], name), key)
+    return op
+
+
+def _triton_launcher(package: str, name: str) -> Callable[..., Any]:
+    """Return the function ``name`` of an op's ``triton.py``, which is imported at the first call."""
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{package}.triton"), name)(*arguments)
+
+    return launch
+
+
+def _with_backend(backend: str, setup_context: Callable[..., None] | None) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return setup
+
+
+def _checked(backend: str) -> str:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; accepted are {', '.join(map(repr, get_args(Backend)))}")
+    return backend
+
+
+class set_backend:  # noqa: N801  (used like torch.set_grad_enabled)
+    """Choose the backend of all ops, for the process or inside a ``with`` block.
+
+    Args:
+        backend: ``"auto"`` takes the first of native, triton and reference that has the op for the device at hand.
+            ``"native"`` (C++ on the CPU, CUDA C++ on a GPU), ``"triton"`` and ``"reference"`` (pure PyTorch, any
+            device) never fall back: where the backend does not have an op, calling it raises ``RuntimeError`` with
+            the reason. The initial choice is the environment variable ``KDKERNELS_BACKEND``, else ``"auto"``.
+
+    The choice is the process's, not the thread's. A backward pass uses the backend of its forward.
+
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        global _requested
+        self._previous = _requested
+        _requested = _checked(backend)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def get_backend() -> str:
+    """Return the requested backend, ``"auto"`` unless set otherwise."""
+    return _requested
+
+
+def set_debug(enabled: bool) -> None:
+    """Check tensor values on GPUs too, at the price of a synchronisation in every call.
+
+    A label out of range or a temperature tensor that is not positive raises on the CPU. On a GPU the loss is NaN
+    instead, unless this is switched on.
+    """
+    global _debug
+    _debug = bool(enabled)
+
+
+def checks_values(device: torch.device) -> bool:
+    """Tell whether values are to be checked before kernels that do not check them are called."""
+    return _debug and device.type != "cpu"
+
+
+def values_are_visible(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor's values may be read here without making the host wait for a device."""
+    return tensor.device.type == "cpu" or _debug
+
+
+def explain(device_type: str) -> dict[str, tuple[str, str]]:
+    """Return, for each op, the backend it takes on a kind of device and the reason."""
+    device, result = torch.device(device_type), {}
+    for name, op in _ops.items():
+        if name.endswith("_backward"):
+            continue
+        try:
+            chosen = op.choose(device)
+        except RuntimeError as error:
+            result[name] = ("none", str(error))
+            continue
+        better = BACKENDS[: BACKENDS.index(chosen)] if _requested == "auto" else ()
+        reason = "; ".join(f"not {b}: {op.why_not(b, device)}" for b in better)
+        if _requested != "auto":
+            reason = "requested"
+        result[name] = (chosen, reason or "the first choice")
+    return result
+
+
+_requested = _checked(os.environ.get("KDKERNELS_BACKEND", "auto"))

@@ -1,0 +1,184 @@
+"""Gradient reversal: the identity forward, a factor of -lambd backward.
+
+Passes over memory (R a read, W a write of the activation): forward none, backward R W; none either where the factor is
+folded into a matrix product.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels.ops import _checks, _registry
+from kdkernels.ops.gradient_reversal import reference
+
+
+def _backward_fake(grad_output: Tensor, lambd: Tensor) -> Tensor:
+    torch._check(lambd.dim() == 0, lambda: "lambd must be a 0-dim tensor")
+    return torch.empty_like(grad_output)
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Differentiate the backward: the sign flips again."""
+    if cotangent is None:
+        return None, None
+    grad_output, lambd = ctx.saved_tensors
+    by_lambd = -(cotangent * grad_output).sum().to(lambd.dtype).to(lambd.device) if ctx.needs_input_grad[1] else None
+    return _BACKWARD.run(ctx.backend, cotangent, lambd), by_lambd
+
+
+def _copy_fake(input: Tensor, lambd: Tensor) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _copy_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _copy_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+    if grad is None:
+        return None, None
+    return _BACKWARD.run(ctx.backend, grad, *ctx.saved_tensors), None
+
+
+_BACKWARD = _registry.define(
+    "gradient_reversal_backward",
+    "(Tensor grad_output, Tensor lambd) -> Tensor",
+    reference=reference.backward,
+    fake=_backward_fake,
+    setup_context=_backward_setup_context,
+    backward=_backward_backward,
+)
+# For torch.export, where a view inside an autograd.Function would lose its sign without a word.
+_COPY = _registry.define(
+    "gradient_reversal_copy",
+    "(Tensor input, Tensor lambd) -> Tensor",
+    reference=reference.copy,
+    fake=_copy_fake,
+    setup_context=_copy_setup_context,
+    backward=_copy_backward,
+)
+
+
+class _GradientReversal(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, lambd: Tensor, backend: str) -> Tensor:
+        return input.view_as(input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, lambd, ctx.backend = inputs
+        ctx.save_for_backward(lambd)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _BACKWARD.run(ctx.backend, grads[0], *ctx.saved_tensors), None, None
+
+
+class _GradientReversalLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, lambd: Tensor) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, lambd = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(input, weight, lambd)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, lambd = ctx.saved_tensors
+        grad, by_input, by_weight, by_bias = grads[0], None, None, None
+        # Under autocast the gradient has another dtype than what was saved.
+        if ctx.needs_input_grad[0]:
+            by_input = (grad @ (weight * -lambd).to(grad.dtype)).to(input.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1]:
+            by_weight = (rows.t() @ input.reshape(-1, input.shape[-1]).to(grad.dtype)).to(weight.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            by_bias = rows.sum(0).to(ctx.bias_dtype)
+        return by_input, by_weight, by_bias, None
+
+
+_reverse: Callable[..., Any] = _GradientReversal.apply
+_reverse_linear: Callable[..., Any] = _GradientReversalLinear.apply
+
+
+def _coefficient(lambd: float | Tensor, input: Tensor) -> Tensor:
+    """Read the coefficient once, into a tensor of its own: a schedule may go on before the backward comes."""
+    _checks.check_scalar("lambd", lambd, input)
+    return lambd.detach().clone() if isinstance(lambd, Tensor) else _checks.scalar_tensor(lambd, input)
+
+
+def gradient_reversal(input: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
+    r"""Return the input, and reverse its gradient: :math:`y = x`, :math:`dx = -\lambda\,dy`.
+
+    Below a domain classifier it makes features that the classifier cannot tell apart. Source: Ganin et al.,
+    "Domain-Adversarial Training of Neural Networks", arXiv 1505.07818.
+
+    Args:
+        input: features of any shape; fp16, bf16, fp32 or fp64.
+        lambd: the coefficient, a number or a 0-dim tensor, read now and not in the backward. A tensor that changes
+            (a schedule) compiles once.
+
+    Returns:
+        A view of the input. An in-place operation directly on it raises where the input requires grad, since it would
+        bypass the reversal: autograd cannot replay it on the input. Use the out-of-place form.
+
+    Raises:
+        TypeError: input is no floating tensor, or lambd no number.
+        ValueError: lambd is no finite number or 0-dim tensor, or requires grad.
+
+    """
+    _checks.check_floating("input", input)
+    coefficient = _coefficient(lambd, input)
+    if torch.compiler.is_exporting():
+        return _COPY.run_on(input.device, input, coefficient)  # type: ignore[no-any-return]
+    backend = _BACKWARD.choose(input.device)
+    result: Tensor = _reverse(input, coefficient, backend)
+    return result
+
+
+def gradient_reversal_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, lambd: float | Tensor = 1.0
+) -> Tensor:
+    r"""Linear layer on a reversed gradient: ``linear(gradient_reversal(input, lambd), weight, bias)``.
+
+    The factor is folded into the matrix product of the backward, :math:`dx = dy\,(-\lambda W)`: no pass over the
+    features is spent on it. The gradients of weight and bias are not reversed.
+
+    Args:
+        input: features [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+        lambd: the coefficient, as in :func:`gradient_reversal`.
+
+    Returns:
+        [..., out_features].
+
+    Raises:
+        TypeError, ValueError: as :func:`gradient_reversal`, or the shapes do not fit.
+
+    """
+    _checks.check_floating("input", input)
+    _checks.check_floating("weight", weight)
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; expected [..., in_features] and "
+            "[out_features, in_features]"
+        )
+    if torch.compiler.is_exporting():
+        return F.linear(gradient_reversal(input, lambd), weight, bias)
+    result: Tensor = _reverse_linear(input, weight, bias, _coefficient(lambd, input))
+    return result

@@ -1,0 +1,72 @@
+"""Cases of gradient reversal: layouts and coefficients."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.functional import gradient_reversal, gradient_reversal_linear
+from kdkernels.ops._cases import Case, Workload, draw, layouts, one_of
+
+WORKLOADS = ("gradient_reversal",)
+
+
+def eager_reversal(input: Tensor, lambd: float = 1.0) -> Tensor:
+    """Return the input with its gradient reversed, without a Function of its own."""
+    reversed_input = -lambd * input
+    return (input - reversed_input).detach() + reversed_input
+
+
+def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, lambd: float = 1.0) -> Tensor:
+    """Return a linear layer on a reversed gradient."""
+    return torch.nn.functional.linear(eager_reversal(input, lambd), weight, bias)
+
+
+def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Yield the cases."""
+    generator = torch.Generator().manual_seed(0)
+    normal = partial(draw, dtype=dtype, device=device, generator=generator)
+    for lambd in (0.0, 1.0, 0.3, -2.0):
+        ours, eager = partial(gradient_reversal, lambd=lambd), partial(eager_reversal, lambd=lambd)
+        yield Case(f"lambda {lambd}", ours, eager, tuple((normal((7, 33)),) for _ in range(2)))
+    for layout in ("transposed", "sliced", "offset", "channels_last"):
+        of = tuple((layouts(normal((2, 3, 5, 4)))[layout],) for _ in range(2))
+        yield Case(f"{layout}", gradient_reversal, eager_reversal, of)
+    yield Case("a large activation", gradient_reversal, eager_reversal, ((normal((300, 400)),),))
+    triples = tuple((normal((6, 5)), normal((4, 5)), normal((4,))) for _ in range(2))
+    linear, eager_of_linear = partial(gradient_reversal_linear, lambd=0.5), partial(eager_linear, lambd=0.5)
+    yield Case("linear", linear, eager_of_linear, triples, (0, 1, 2))
+
+
+class _UsualReversal(torch.autograd.Function):
+    """Gradient reversal as it is usually written."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, coefficient: float) -> Tensor:
+        ctx.coefficient = coefficient
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].neg() * ctx.coefficient, None
+
+
+def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
+    """Return a row of the benchmark: one multiplication, which a compiler writes as well."""
+    one_of(variant, ("",))
+
+    def make(device: str) -> tuple[Tensor, ...]:
+        return (torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype),)
+
+    def cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.cos(torch.arange(o.numel(), device=o.device)).view_as(o).to(o.dtype) for o in outputs)
+
+    def usual(input: Tensor) -> Tensor:
+        return _UsualReversal.apply(input, 0.3)  # type: ignore[no-any-return, no-untyped-call]
+
+    return Workload(
+        "gradient_reversal", function, shape, dtype, variant, partial(gradient_reversal, lambd=0.3), usual, make,
+        {"cpu": (0, 2), "cuda": (0, 2)}, cotangents,
+    )  # fmt: skip

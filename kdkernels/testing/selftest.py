@@ -1,0 +1,173 @@
+"""Compares every op with its float64 reference on this machine, as the tests and ``kdkernels doctor`` do."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdkernels.ops import _registry
+from kdkernels.ops._cases import Case, cases_of, families
+
+ALLOWED_ULP = 4.0
+REFERENCE_ULP = 64.0  # the reference in fp32 or less, as a backend, has plain forms and no compensated sums
+COARSE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The largest error of one result over a case's samples, in units in the last place of the result.
+
+    Attributes:
+        name: of the case and the result.
+        ours: error of the kernels.
+        eager: error of the same formula in eager PyTorch in the same dtype.
+        allowed: what is allowed where eager PyTorch is nearer.
+
+    """
+
+    name: str
+    ours: float
+    eager: float
+    allowed: float = ALLOWED_ULP
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is at most eager PyTorch's, or what is allowed."""
+        return self.ours <= max(self.eager, self.allowed)
+
+
+@dataclass
+class Report:
+    """The result of a self-test."""
+
+    rows: list[Accuracy] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row passed."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> list[Accuracy]:
+        """The rows that did not pass."""
+        return [row for row in self.rows if not row.passed]
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """Return a function's results as a list."""
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def results_of(
+    function: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    differentiable: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Return a function's outputs, then the gradients of its differentiable inputs for fixed random cotangents.
+
+    Args:
+        function: takes the inputs.
+        inputs: of any dtype; those that are not floating are passed as they are.
+        differentiable: which inputs get a gradient.
+        dtype: what floating inputs are converted to first, if anything.
+
+    """
+    leaves = list(inputs)
+    for i, tensor in enumerate(inputs):
+        if tensor.is_floating_point():
+            leaf = tensor.detach() if dtype is None else tensor.detach().to(dtype)
+            leaves[i] = leaf.requires_grad_(i in differentiable)
+    outputs = tensors_of(function(*leaves))
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype) for out in outputs
+    ]
+    wanted = [leaves[i] for i in differentiable]
+    gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
+    return [out.detach() for out in outputs] + [
+        torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, wanted, strict=True)
+    ]
+
+
+def error_in_ulp(result: Tensor, truth: Tensor | np.ndarray) -> float:
+    """Return the largest error, in units in the last place of the largest magnitude of the true result.
+
+    Infinities and NaN have to be in the same places; the error is infinite otherwise.
+    """
+    found, exact = (
+        np.asarray(x.detach().cpu().double() if isinstance(x, Tensor) else x).astype(np.longdouble)
+        for x in (result, truth)
+    )
+    if found.shape != exact.shape:
+        return math.inf
+    finite = np.isfinite(exact)
+    if not np.array_equal(found[~finite], exact[~finite], equal_nan=True):
+        return math.inf
+    if not finite.any():
+        return 0.0
+    exact, found = exact[finite], found[finite]
+    if not np.isfinite(found).all():
+        return math.inf
+    info = torch.finfo(result.dtype)
+    largest = float(np.clip(np.abs(exact).max(), info.tiny, info.max))
+    unit = 2.0 ** math.floor(math.log2(largest)) * info.eps
+    return float(np.abs(found - exact).max() / unit)
+
+
+def reference_results(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return what the reference gives in float64: outputs, then gradients."""
+    with _registry.set_backend("reference"):
+        return results_of(case.function, inputs, case.differentiable, torch.float64)
+
+
+def accuracy_of(
+    case: Case, true_results: Callable[[Case, tuple[Tensor, ...]], Sequence[Tensor | np.ndarray]] = reference_results
+) -> list[Accuracy]:
+    """Measure a case: one row for each output and for each gradient.
+
+    Args:
+        case: what to measure.
+        true_results: gives the results to compare with; the float64 reference unless said otherwise.
+
+    """
+    worst: list[list[float]] = []
+    for inputs in case.samples:
+        ours = results_of(case.function, inputs, case.differentiable)
+        truth = true_results(case, inputs)
+        eager = results_of(case.eager, inputs, case.differentiable)
+        worst = worst or [[0.0, 0.0] for _ in ours]
+        for errors, a, b, t in zip(worst, ours, eager, truth, strict=True):
+            errors[0] = max(errors[0], error_in_ulp(a, t))
+            # Where eager gives 16 bits and the kernels 32, both are measured in the unit of the kernels' result.
+            errors[1] = max(errors[1], error_in_ulp(b.to(a.dtype), t))
+    outputs = len(worst) - len(case.differentiable)
+    names = [f"output {i}" for i in range(outputs)] + [f"gradient {i}" for i in case.differentiable]
+    dtype = str(case.samples[0][0].dtype).removeprefix("torch.")
+    return [Accuracy(f"{dtype}, {case.name}, {name}", *errors) for name, errors in zip(names, worst, strict=True)]
+
+
+def run(
+    *, families: Iterable[str] = tuple(families()), dtypes: Iterable[torch.dtype] = COARSE, device: str = "cpu"
+) -> Report:
+    """Compare ops with the float64 reference: kernels up to 4 units in the last place, the reference itself up to 64.
+
+    Args:
+        families: names of modules in :mod:`kdkernels.ops`; all by default.
+        dtypes: of the inputs; fp32, fp16 and bf16 by default. In fp64 the reference rounds as much as the kernels.
+        device: where the ops run.
+
+    """
+    report = Report()
+    kernels = any(backend != "reference" for backend, _ in _registry.explain(device).values())
+    allowed = ALLOWED_ULP if kernels else REFERENCE_ULP
+    for family in families:
+        for dtype in dtypes:
+            for case in cases_of(family, dtype, device):
+                rows = accuracy_of(case)
+                report.rows += [Accuracy(f"{family}, {row.name}", row.ours, row.eager, allowed) for row in rows]
+    return report

@@ -1,0 +1,338 @@
+"""The report of the benchmark suite, from made-up results whose verdicts are known by hand."""
+
+import copy
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bench.report import run as script
+from bench.report.data import dump, goals_of, load, rows_of, slim
+from bench.report.readme import END, START, insert_table, readme_table
+from bench.report.render import markdown, page
+from bench.report.sweeps import doublings, fitted_slope, upper_half
+from bench.report.tables import contents
+
+OURS = [0.001, 0.002, 0.001, 0.002, 0.001]
+
+
+def row(function="kl_div_with_logits", **changes):
+    info = {
+        "kind": "op", "op": "softmax_divergence", "function": function, "shape": [256, 1000], "dtype": "float32",
+        "variant": "dim=1", "mode": "full",
+        "rounds": {
+            "kdkernels": OURS,
+            "eager": [0.004, 0.008, 0.004, 0.008, 0.004],  # 4 in every round, though the machine's speed changed
+            "compile": [0.0009, 0.0024, 0.001, 0.0018, 0.0012],  # 0.9, 1.2, 1, 0.9, 1.2: a tie
+            "compile max-autotune": [0.0005, 0.001, 0.0005, 0.001, 0.0005],  # half of our time
+        },
+        "not_timed": {"liger": "needs a GPU"}, "errors": {"kdkernels": 1e-7, "eager": 2e-7}, "bytes": 2_000_000,
+        "passes": 3, "flops": None, "peak_bytes": {"kdkernels": 4096, "eager": 3e6},
+        "compile_seconds": {"compile": 8.125}, "launches": {},
+        "goals": {"faster than eager": 5.0, "faster than compile": 0.4}, "cold": True,
+    }  # fmt: skip
+    info.update(changes)
+    return {"name": f"test_op[{function}]", "group": "ops", "stats": {"data": OURS}, "extra_info": info}
+
+
+def sweep(**changes):
+    values = [64, 128, 256, 512]
+    ours = {"64": [1e-4] * 3, "128": [1.5e-4] * 3, "256": [3e-4] * 3, "512": [9e-4] * 3}
+    info = {
+        "kind": "sweep", "sweep": "kl_div_with_logits, batch", "parameter": "batch", "values": values, "unit": "rows",
+        "rounds": {"kdkernels": ours, "eager": {str(v): [1e-5 * v] * 3 for v in values}}, "expected_slope": 1.0,
+    }  # fmt: skip
+    return {"name": "test_sweep", "extra_info": {**info, **changes}}
+
+
+def result(*benchmarks):
+    return {
+        "machine_info": {"node": "somebody's machine"},
+        "datetime": "2026-01-02T03:04:05",
+        "environment": {
+            "command": "make bench", "date": "2026-01-02", "commit": "abc123+changes", "machine": "A <fast> machine",
+            "cores": 2, "threads": 2, "memory_bytes": 8 << 30, "caches": {"L2": 1 << 20}, "torch": "2.13.0",
+            "device": "cpu", "rivals": {"kornia": "0.9.0", "liger": "not installed"},
+        },
+        "roofline": {"copy_bytes_per_second": 4e9, "flops_per_second": 1e11},
+        "benchmarks": list(benchmarks),
+    }  # fmt: skip
+
+
+ROUTINE = row("deep_inversion", kind="routine", op=None, mode="step", goals={})
+FAILED = row("broken", failed="relative error 3e-1, allowed 1e-3", op="total_variation")
+EVERYTHING = result(row(), ROUTINE, FAILED, sweep())
+
+
+def text_of(recorded):
+    return markdown(contents(slim(recorded)))
+
+
+def html_of(recorded):
+    return page("report", contents(slim(recorded)))
+
+
+def section(text, title):
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+class Checker(HTMLParser):
+    """Open and close tags in pairs, and what they hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.ids, self.captions = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+        assert not [v for n, v in attrs if n in {"src", "href", "xlink:href"} and not v.startswith("#")]
+        if tag not in {"meta", "br"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in {"meta", "br"}:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "figcaption":
+            self.captions.append(data)
+
+
+def test_ratios_are_of_rounds_and_not_of_medians():
+    one = rows_of(slim(result(row())))[0]
+    assert one.seconds["kdkernels"] == 0.001
+    assert [one.ratios["eager"].median, one.ratios["eager"].low, one.ratios["eager"].high] == pytest.approx([4, 4, 4])
+    assert one.ratios["compile"].median == pytest.approx(1.0)
+    verdicts = {rival: ratio.verdict for rival, ratio in one.ratios.items()}
+    assert verdicts == {"eager": "faster", "compile": "tie", "compile max-autotune": "slower"}
+    assert one.better_compile == "compile max-autotune"
+
+
+def test_summary_counts_and_losses_are_listed_before_ties():
+    text = text_of(result(row(), row(mode="forward")))
+    summary = section(text, "Summary")
+    assert "| eager | rows | 2 | 2 | 0 | 0 | 0 |" in summary
+    assert "| compile | rows | 2 | 0 | 2 | 0 | 0 |" in summary
+    assert "| compile max-autotune | rows | 2 | 0 | 0 | 2 | 0 |" in summary
+    assert "| liger | rows | 0 | 0 | 0 | 0 | 2 |" in summary
+    behind = [line for line in section(text, "Where kdkernels does not win").splitlines() if "float32" in line]
+    assert len(behind) == 4
+    assert all("compile max-autotune | 1.00 | 0.500 | × 0.50 (0.50–0.50) slower" in line for line in behind[:2])
+    assert all("| tie (0.90–1.2)" in line for line in behind[2:])
+
+
+def test_no_loss_is_said_too():
+    rounds = {"kdkernels": OURS, "eager": [9 * t for t in OURS]}
+    assert "Nowhere in this run." in section(text_of(result(row(rounds=rounds))), "Where kdkernels does not win")
+
+
+def test_goals_say_by_how_much_they_were_missed():
+    report = slim(result(row(goals={"faster than eager": 5.0, "faster than compile": 0.4, "faster than liger": 1.0,
+                                    "share of copy bandwidth": 0.6, "beautiful": 1.0})))  # fmt: skip
+    judged = {goal.name: goal for goal in goals_of(rows_of(report), report["roofline"])}
+    assert judged["faster than eager"].missed
+    # Against the mode that is harder to beat.
+    assert judged["faster than compile"].measured == pytest.approx(0.5)
+    assert not judged["faster than compile"].missed
+    # 2 MB in 1 ms are 2 GB/s, half of the copy's 4.
+    assert judged["share of copy bandwidth"].measured == pytest.approx(0.5)
+    assert judged["faster than liger"].note == "needs a GPU"
+    text = section(markdown(contents(report)), "Goals")
+    assert "1 met, 2 missed, 2 not judged" in text
+    assert "| faster than eager | eager | 5.0 | 4.0 | 20.0 % |" in text
+
+
+def test_a_failed_row_has_no_speed():
+    text = text_of(EVERYTHING)
+    lines = [line for line in text.splitlines() if "broken" in line]
+    reason = "relative error 3e-1, allowed 1e-3"
+    assert f"| broken 256×1000 float32 dim=1 full | {reason} |" in lines
+    # The others are its goals, which are not judged.
+    assert all(reason in line or "the row failed" in line for line in lines)
+    assert "### total_variation" not in text
+    assert "rounds" not in slim(EVERYTHING)["benchmarks"][2]["extra_info"]
+    assert "| broken 256×1000 float32 dim=1 | failed | – | – |" in readme_table(slim(EVERYTHING))
+
+
+def test_failures_that_pytest_benchmark_left_out():
+    report = slim({**result(row()), "failures": [{"name": "test_op[lost]", "reason": "wrong"}]})
+    assert "| test_op\\[lost\\] | wrong |" in section(markdown(contents(report)), "Failures, and what was not timed")
+    assert slim(report) == report
+
+
+@pytest.mark.parametrize("ours", [None, [], [0.0], [float("nan")], "fast"])
+def test_a_row_without_times_failed(ours):
+    one = rows_of(slim(result(row(rounds={"kdkernels": ours, "eager": [1.0]}))))[0]
+    assert one.failed
+    assert not one.ratios
+
+
+def test_rounds_that_do_not_pair_up_are_not_compared():
+    one = rows_of(slim(result(row(rounds={"kdkernels": OURS, "eager": [1.0, 2.0], "kornia": []}))))[0]
+    assert not one.ratios
+    assert one.not_timed["eager"] == "rounds do not pair up: 2, and 5 of kdkernels"
+    assert set(one.not_timed) == {"eager", "kornia", "liger"}
+
+
+def test_slope_is_fitted_to_the_upper_half():
+    seconds = {1: 7.0, 2: 7.0, 4: 3 * 4**1.5, 8: 3 * 8**1.5}
+    assert upper_half(list(seconds)) == [4, 8]
+    assert fitted_slope(seconds) == pytest.approx(1.5)
+    assert upper_half([1, 2, 4, 8, 16]) == [4, 8, 16]
+    # Logarithms to base 2: points (0, 0), (1, 2), (2, 1) have the slope 1/2.
+    assert fitted_slope({1: 5.0, 2: 5.0, 4: 1.0, 8: 4.0, 16: 2.0}) == pytest.approx(0.5)
+    assert fitted_slope({4: 1.0}) is None
+
+
+def test_cost_of_a_doubling():
+    steps = doublings({64: 1.0, 128: 3.0, 512: 12.0, 768: 12.0 * 1.5**2})
+    assert [step.factor for step in steps] == pytest.approx([3.0, 2.0, 4.0])  # ×4 takes ×4; ×1.5 takes its square
+    assert [step.flagged for step in steps] == [True, False, True]
+
+
+def test_sweep_flags_and_points():
+    text = section(text_of(EVERYTHING), "Sweeps")
+    assert "- kl_div_with_logits, batch, kdkernels: 256 to 512 costs × 3.00 per doubling" in text
+    assert text.count("per doubling") == 1
+    slope = math.log2(3)
+    assert f"| kdkernels | {slope:.2f} | 1 | 1.50 | 2.00 | 3.00 (!) |" in text
+    assert "| eager | 1.00 | 1 | 2.00 | 2.00 | 2.00 |" in text
+    assert "| 64 | 0.100 | × 6.4 (6.4–6.4) |" in text
+
+
+def test_tables_say_whether_caches_were_cold():
+    text = text_of(result(row(), row("deep_inversion", kind="routine", mode="step", cold=False), sweep(cold=False)))
+    assert "| kl_div_with_logits | 256×1000 | float32 | dim=1 | full | cold | 1.00 | × 4.0 (4.0–4.0) |" in text
+    assert "| deep_inversion | 256×1000 | float32 | dim=1 | step | warm | 1.00 |" in text
+    assert "Inputs may come from caches." in text
+
+
+def test_roofline():
+    text = section(text_of(result(row(flops=int(1e7)))), "Memory, arithmetic and the machine's limits")
+    # Passes, MB, GB/s, share, GFLOP/s, share, peak memory of both, seconds to compile.
+    assert "| cold | 3 | 2.00 | 2.00 | 50 % | 10.0 | 10 % | 0.00410 | 3.00 | 8.12 |" in text
+
+
+MISSING = {
+    "nothing": {},
+    "no benchmarks": result(),
+    "no environment": {"benchmarks": [row()]},
+    "no roofline": {**result(row()), "roofline": None},
+    "no rivals": result(row(rounds={"kdkernels": OURS}, not_timed={})),
+    "nothing but times": {"benchmarks": [{"extra_info": {"rounds": {"kdkernels": [1.0]}}}]},
+    "no extra_info": {"benchmarks": [{"name": "test_lost", "extra_info": None}, {}]},
+    "one round": result(row(rounds={"kdkernels": [1.0], "eager": [2.0]})),
+    "an unfinished sweep": result(sweep(rounds={"kdkernels": {"64": [1.0]}})),
+    "an empty sweep": result(sweep(rounds={})),
+    "a failed sweep": result(sweep(failed="wrong")),
+    "a sweep of zero and names": result(sweep(rounds={"kdkernels": {"0": [1.0], "many": [1.0]}})),
+    "an error that is not a number": result(row(errors={"kdkernels": math.nan, "eager": None})),
+    "only a routine": result(ROUTINE),
+}
+
+
+@pytest.mark.parametrize("recorded", MISSING.values(), ids=MISSING)
+def test_missing_parts_are_survived(recorded):
+    report = slim(recorded)
+    blocks = contents(report)
+    assert markdown(blocks).startswith("# kdkernels")
+    checker = Checker()
+    checker.feed(page("report", blocks))
+    assert not checker.open
+    assert readme_table(report)
+    json.loads(dump(report), parse_constant=pytest.fail)  # no NaN, which JSON does not have
+
+
+def test_html_is_whole_and_has_one_plot_of_each_kind():
+    checker = Checker()
+    text = html_of(result(row(), sweep()))
+    checker.feed(text)
+    checker.close()
+    assert not checker.open
+    assert len(checker.ids) == len(set(checker.ids))
+    assert checker.seen.count("svg") == checker.seen.count("figure") == 3
+    assert "script" not in checker.seen
+    kinds = ("the time of each rival over ours", "achieved bytes per second", "median time against batch (rows)")
+    assert [sum(kind in caption for caption in checker.captions) for kind in kinds] == [1, 1, 1]
+    assert "slope 1.58" in text
+
+
+def test_many_rows_are_split_into_figures_that_can_be_read():
+    rows = [row(f"function_{i}", shape=[i, j]) for i in range(8) for j in range(9)]
+    checker = Checker()
+    checker.feed(html_of(result(*rows)))
+    assert sum("the time of each rival over ours" in caption for caption in checker.captions) == 3
+
+
+def test_text_is_escaped():
+    recorded = result(row("f<b>|$x_1$&", variant="a|b"), FAILED)
+    recorded["benchmarks"][1]["extra_info"]["failed"] = "<script>alert(1)</script> | [x](y)"
+    text, page_text = text_of(recorded), html_of(recorded)
+    assert "<script" not in page_text
+    assert "A &lt;fast&gt; machine" in page_text
+    assert "A \\<fast\\> machine" in text
+    assert "\\<script\\>alert(1)\\</script\\> \\| \\[x\\](y)" in text
+    assert "f\\<b\\>\\|$x_1$&" in text
+
+
+def test_files_and_an_earlier_report_as_input(tmp_path):
+    source, first, second = tmp_path / "input.json", tmp_path / "first", tmp_path / "second"
+    source.write_text(json.dumps(EVERYTHING))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{START}\nold\n{END}\n\nafter\n")
+    script.main([str(source), "--output", str(first), "--readme", str(readme)])
+    once = readme.read_text()
+    script.main([str(first / "report.json"), "--output", str(second), "--readme", str(readme)])
+    assert readme.read_text() == once
+    for name in ("report.md", "report.html", "report.json"):
+        assert (first / name).read_text() == (second / name).read_text()
+    stored = (first / "report.json").read_text()
+    assert "somebody" not in stored
+    assert '"stats"' not in stored
+    assert once.startswith("before\n\n")
+    assert once.endswith("\n\nafter\n")
+    assert "old" not in once
+    assert readme_table(load(first / "report.json")) in once
+
+
+def test_slim_report_keeps_rounds_to_four_digits():
+    recorded = copy.deepcopy(result(row(rounds={"kdkernels": [0.00123456]})))
+    report = slim(recorded)
+    assert report["benchmarks"][0]["extra_info"]["rounds"]["kdkernels"] == [0.001235]
+    assert slim(report) == report == json.loads(dump(report))
+
+
+def test_readme_table():
+    kornia = {"kdkernels": OURS, "eager": [1.05 * t for t in OURS], "kornia": [6 * t for t in OURS]}
+    fresh = row("total_variation", variant="", rounds=kornia, not_timed={"compile": "wrong: relative error 3e-1"})
+    table = readme_table(slim(result(row(), row(mode="backward"), ROUTINE, fresh)))
+    for fact in ("make bench", "2 threads", "PyTorch 2.13.0", "2026-01-02", "commit abc123+changes", "A \\<fast\\> m"):
+        assert fact in table
+    lines = table.splitlines()
+    assert "|  | ms | × faster than eager | × faster than torch.compile | × faster than kornia |" in lines
+    assert "| kl_div_with_logits 256×1000 float32 dim=1 | 1.00 | 4.0 | 0.50 (slower) | – |" in lines
+    assert "| deep_inversion 256×1000 float32 dim=1 | 1.00 | 4.0 | 0.50 (slower) | – |" in lines
+    assert "| total_variation 256×1000 float32 | 1.00 | 1.05 | wrong | 6.0 |" in lines
+    assert len([line for line in lines if line.startswith("|")]) == 5
+
+
+def test_ties_in_the_readme_are_called_so():
+    rounds = {"kdkernels": OURS, "eager": [0.9 * OURS[0], *(1.1 * t for t in OURS[1:])]}
+    rounds["eager"][1] = 0.8 * OURS[1]
+    assert "| 1.00 | tie | needs a GPU |" in readme_table(
+        slim(result(row(rounds=rounds, not_timed={"compile": "needs a GPU"})))
+    )
+
+
+@pytest.mark.parametrize("text", ["", START, END, f"{END}{START}", f"{START}{END}{START}{END}"])
+def test_readme_without_markers_is_refused(text):
+    with pytest.raises(ValueError, match=r"benchmark table: generated by bench\.report\.run.*end of benchmark table"):
+        insert_table(text, slim(EVERYTHING))

@@ -1,0 +1,65 @@
+"""The CUDA backend executed on the CPU: the kernels and the bindings of csrc, registered as the native kernels of
+CPU tensors. For a process of its own; nothing of it is ever shipped.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from cuda_host.build import HERE, SCHEDULES, Library, Schedule, Variant, build
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
+_installed: list[Library] = []
+
+
+def library(variant: Variant) -> Library:
+    """Compiles the CUDA half of csrc for the emulator, with its bindings, which registers them with torch.
+
+    The plain build runs the kernels as on a GPU. The two others run them with few blocks, so that each takes several
+    turns, and take 0-dim tensors as a GPU's, whose values only the kernels see.
+    """
+    sources = [*sorted(ROOT.glob("csrc/*/cuda_kernels.cu")), *sorted(ROOT.glob("csrc/*/cuda.cpp"))]
+    sources += [HERE / "torch_shim.cpp", HERE / "plans.cpp"]
+    flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000ull", "-DUSE_CUDA", "-DKDKERNELS_DISPATCH_KEY=CPU"]
+    if variant != "plain":
+        flags += ["-DKDKERNELS_SCALARS_ON_DEVICE=1", "-DKDKERNELS_MOST_BLOCKS=3"]
+    else:
+        flags += ["-DKDKERNELS_SCALARS_ON_DEVICE=0"]
+    flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    paths = cpp_extension.library_paths()
+    link = [f"-L{path}" for path in paths] + [f"-Wl,-rpath,{path}" for path in paths]
+    link += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    return build(sources, "kdkernels", variant, [ROOT / "csrc"], flags=flags, link=link)
+
+
+def install(variant: Variant) -> Library:
+    """Makes the emulated kernels the native backend of CPU tensors in this process; before kdkernels is imported."""
+    if "kdkernels" in sys.modules:
+        raise RuntimeError("kdkernels is imported already, with the CPU kernels")
+    sys.modules["kdkernels._C"] = None  # type: ignore[assignment]
+    import kdkernels  # noqa: F401
+    from kdkernels.ops import _loader, _registry, softmax_divergence
+
+    emulator = library(variant)
+    _loader._missing.pop("_C")
+    _registry.find_kernels()
+
+    def what_to_save(backend: str, input: torch.Tensor, target: torch.Tensor) -> str:
+        wanted = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+        return "statistics" if backend == "native" and wanted else "nothing"
+
+    softmax_divergence._what_to_save = what_to_save
+    emulator.cuda_host_open_memory(1)
+    _installed.append(emulator)
+    return emulator
+
+
+def installed() -> Library:
+    """The library with the emulated kernels of this process."""
+    return _installed[-1]
+
+
+def set_schedule(schedule: Schedule, seed: int = 0) -> None:
+    """Sets the order of blocks and threads of the launches that follow."""
+    installed().cuda_host_set_schedule(SCHEDULES.index(schedule), seed)

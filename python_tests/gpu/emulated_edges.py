@@ -1,0 +1,137 @@
+"""What only an emulator can show of the CUDA kernels; test_cuda_kernels.py runs it in a process that has one."""
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+from contract import TARGET
+from emulated import installed
+
+from kdkernels.functional import (
+    batch_norm_stats,
+    distillation_loss,
+    gradient_reversal,
+    image_prior_losses,
+    kl_div_with_logits,
+    total_variation,
+)
+from kdkernels.ops._cases import cases_of, families
+from kdkernels.testing.selftest import results_of
+
+assert TARGET == "emulated"
+
+NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux
+PAGE = mmap.PAGESIZE
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+
+
+def memory_of(size):
+    """Memory that is there once it is touched."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+
+
+def between_guards(tensor, *, at_end):
+    """A copy with the same strides that begins or ends where memory must not be touched."""
+    if tensor.numel() == 0:
+        return tensor
+    size = (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
+    pages = -(-size // PAGE) * PAGE
+    memory = memory_of(pages + 2 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (address, address + PAGE + pages):
+        assert protect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0) == 0
+    offset = PAGE + (pages - size if at_end else 0)
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=size // tensor.element_size(), offset=offset)
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+SMALL = [
+    (family, dtype, case)
+    for family in families()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    for case in cases_of(family, dtype)
+    if max(t.numel() for t in case.samples[0]) <= 70000 and not any(0 in t.stride() for t in case.samples[0])
+]
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["begins at a guard", "ends at a guard"])
+@pytest.mark.parametrize(("family", "dtype", "case"), SMALL, ids=lambda value: str(value))
+def test_nothing_outside_of_the_inputs_is_read(family, dtype, case, at_end):
+    plain = results_of(case.function, case.samples[0], case.differentiable)
+    guarded = tuple(between_guards(t, at_end=at_end) for t in case.samples[0])
+    for a, b in zip(plain, results_of(case.function, guarded, case.differentiable), strict=True):
+        # Where memory is aligned elsewhere, sums are grouped otherwise.
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def far_apart(tensor, dim):
+    """A copy whose slices along a dimension lie more than 2^31 elements apart."""
+    stride = list(tensor.contiguous().stride())
+    stride[dim] = 2**31 + 16
+    count = tensor.shape[dim] * stride[dim]
+    flat = torch.frombuffer(memory_of(count * tensor.element_size()), dtype=tensor.dtype, count=count)
+    return flat.as_strided(tensor.shape, stride).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("function", "shape", "dim", "inputs"),
+    [
+        (lambda s, t: kl_div_with_logits(s, t), (3, 70), 0, 2),
+        (lambda s, t: kl_div_with_logits(s, t), (3, 5), 0, 2),
+        (lambda s, t: kl_div_with_logits(s, t, dim=1), (2, 3, 2, 40), 1, 2),
+        (lambda s, t: distillation_loss(s, t, torch.tensor([1, 2])), (2, 1500), 0, 2),
+        (lambda x: batch_norm_stats(x)[1], (3, 4, 50), 0, 1),
+        (lambda x: batch_norm_stats(x)[1], (3, 40), 0, 1),
+        (lambda x: image_prior_losses(x)[0], (2, 3, 9, 20), 0, 1),
+        (lambda x: total_variation(x), (2, 3, 9, 20), 2, 1),
+        (lambda x: gradient_reversal(x).sin(), (2, 300), 0, 1),
+    ],
+)
+def test_offsets_past_two_billion_elements(function, shape, dim, inputs, dtype):
+    tensors = tuple(torch.randn(shape).to(dtype) for _ in range(inputs))
+    far = tuple(far_apart(t, dim) for t in tensors)
+    differentiable = tuple(range(inputs))
+    expected = results_of(function, tensors, differentiable)
+    for a, b in zip(expected, results_of(function, far, differentiable), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Plan(ctypes.Structure):
+    _fields_ = (("grid", ctypes.c_int64), ("block", ctypes.c_int64), ("shared", ctypes.c_int64),
+                ("covered", ctypes.c_int64))  # fmt: skip
+
+
+BIG = 2**33 + 5
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "needed"),
+    [
+        *(
+            ("softmax_plan", (positions, classes, *strides, backward), positions)
+            for positions, classes in ((BIG, 10), (BIG, 500), (2**20, 2**31 + 7), (1, 1), (7, 40000))
+            for strides in ((1, classes), (positions, 1))
+            for backward in (0, 1)
+        ),
+        *(
+            ("batch_norm_plan", (samples, channels, plane, rows, gradient), samples * (plane if rows else 1))
+            for samples, channels, plane in ((BIG, 3, 1), (4, 5, BIG), (1, BIG, 2), (1, 1, 1), (256, 64, 1024))
+            for rows in (0, 1)
+            for gradient in (0, 1)
+        ),
+        *(("image_plan", (images, 3, rows, length), rows) for images, rows, length in
+          ((BIG, 9, 9), (1, BIG, 5), (1, 5, BIG), (1, 1, 1), (64, 224, 224))),
+        *(("scale_plan", (count,), count) for count in (BIG, 2**40, 1)),
+    ],
+)  # fmt: skip
+def test_launches_cover_the_work_within_the_limits_of_a_gpu(name, arguments, needed):
+    function = getattr(installed(), name)
+    function.restype = Plan
+    plan = function(*(ctypes.c_int64(a) for a in arguments))
+    assert 1 <= plan.grid <= 2**31 - 1
+    assert 32 <= plan.block <= 1024
+    assert plan.block % 32 == 0
+    assert 0 <= plan.shared <= 232448
+    assert plan.covered >= needed

@@ -1,0 +1,287 @@
+"""Batch-norm statistics, the tap, and the distance from the running statistics."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from contract import Call, OpContract, of_kernels
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kdkernels
+from kdkernels import nn
+from kdkernels.functional import batch_norm_stat_loss, batch_norm_stats, batch_norm_tap
+from kdkernels.ops._cases import layouts
+from kdkernels.testing.selftest import error_in_ulp, results_of
+
+F64 = torch.float64
+L = np.longdouble
+
+
+def options_of(case):
+    return dict(case.function.keywords) if isinstance(case.function, partial) else {}
+
+
+class TestBatchNormStats(OpContract):
+    family = "batch_norm_stats"
+
+    @classmethod
+    def calls(cls):
+        x = torch.randn(4, 3, 2, 2, dtype=F64)
+        running = torch.randn(3, dtype=F64), torch.rand(3, dtype=F64) + 0.5
+        every = (0, 1, 2)
+        last = x.contiguous(memory_format=torch.channels_last)
+        return [
+            Call("statistics", batch_norm_stats, (x,)),
+            Call("unbiased statistics", partial(batch_norm_stats, unbiased=True), (last,)),
+            Call("tap", batch_norm_tap, (x,)),
+            Call("tap of rows", partial(batch_norm_tap, unbiased=True), (x[:, :, 0, 0],)),
+            Call("l2", batch_norm_stat_loss, (x, *running), every),
+            Call("l2 of deviations", partial(batch_norm_stat_loss, moment="std"), (x, *running), every),
+            Call("squared", partial(batch_norm_stat_loss, mode="squared", unbiased=True), (last, *running), every),
+            Call("gaussian_kl", partial(batch_norm_stat_loss, mode="gaussian_kl"), (x, *running), every),
+        ]
+
+    @classmethod
+    def op_samples(cls):
+        x = torch.randn(2, 4, 3, 5)
+        inputs = [x, x.permute(0, 3, 1, 2), x[:, :, ::2], x[..., 0, 0], torch.randn(6, 4, 2), x.bfloat16()]
+        for i, input in enumerate(inputs):
+            for grad in (False, True):
+                input = input.detach().requires_grad_(grad)
+                yield "batch_norm_stats", (input, bool(i % 2))
+                mean, var, error = (s.detach() for s in torch.ops.kdkernels.batch_norm_stats.reference(input, False))
+                incoming = torch.randn_like(input), torch.randn_like(mean), torch.randn_like(var)
+                incoming = tuple(g.requires_grad_(grad) for g in incoming)
+                for given_ in (incoming, (None, *incoming[1:]), (None, incoming[1], None), (incoming[0], None, None)):
+                    yield "batch_norm_tap_backward", (*given_, input, mean, error, bool(i % 2))
+        for mode, moment in (("l2", "var"), ("squared", "std"), ("gaussian_kl", "var")):
+            for grad in (False, True):
+                stats = [(torch.randn(5).abs() + 0.1).requires_grad_(grad) for _ in range(4)]
+                yield "batch_norm_stat_distances", (*stats, [2, 3], mode, moment)
+                losses = torch.randn(2, requires_grad=grad)
+                yield "batch_norm_stat_distances_backward", (losses, *stats, [2, 3], mode, moment)
+
+    @classmethod
+    def extended(cls, case, arrays, cotangents):
+        options = options_of(case)
+        x = np.moveaxis(arrays[0], 1, 0)
+        flat = x.reshape(len(x), -1)
+        count = flat.shape[1]
+        mean = flat.mean(1)
+        centered = flat - mean[:, None]
+        divisor = count - options.get("unbiased", False)
+        var = (centered**2).sum(1) / divisor
+        name = (case.function.func if options else case.function).__name__
+
+        def back(d_mean, d_var, grad=0.0):
+            by_channel = d_mean[:, None] / count + 2 * d_var[:, None] * centered / divisor
+            return np.moveaxis(by_channel.reshape(x.shape), 0, 1) + grad
+
+        if name == "batch_norm_stats":
+            return [mean, var, back(*cotangents)]
+        if name == "batch_norm_tap":
+            return [arrays[0], mean, var, back(*cotangents[1:], cotangents[0])]
+        loss, *grads = distance(mean, var, *arrays[1:], options.get("mode", "l2"), options.get("moment", "var"))
+        return [loss, back(grads[0] * cotangents[0], grads[1] * cotangents[0]), *(g * cotangents[0] for g in grads[2:])]
+
+    def test_inductor(self):
+        for call in (self.calls()[2], self.calls()[4]):
+            self._check_compiled(call, "inductor", None)
+
+
+def distance(mean, var, running_mean, running_var, mode, moment):
+    """The loss and its gradients by the four statistics, in extended precision."""
+    d = mean - running_mean
+    if mode == "gaussian_kl":
+        v, r, c = var + L(1e-8), running_var + L(1e-8), len(mean)
+        loss = (np.log(np.sqrt(v) / np.sqrt(r)) - (1 - (r + d**2) / v) / 2).mean()
+        return loss, d / v / c, (v - r - d**2) / (2 * v**2) / c, -d / v / c, (r - v) / (2 * v * r) / c
+    s, r = (np.sqrt(var), np.sqrt(running_var)) if moment == "std" else (var, running_var)
+    e = s - r
+    slopes = (1 / (2 * s), 1 / (2 * r)) if moment == "std" else (1, 1)
+    if mode == "squared":
+        loss, by_d, by_e = (d**2 + e**2).mean(), 2 * d / len(d), 2 * e / len(d)
+    else:
+        norms = np.sqrt((d**2).sum()), np.sqrt((e**2).sum())
+        loss, by_d, by_e = sum(norms), d / norms[0], e / norms[1]
+    return loss, by_d, by_e * slopes[0], -by_d, -by_e * slopes[1]
+
+
+# Values derived by hand
+
+
+def test_statistics_of_four_numbers():
+    x = torch.tensor([[1.0], [2.0], [3.0], [6.0]], dtype=F64)
+    mean, var = batch_norm_stats(x)
+    assert (mean.item(), var.item()) == (3.0, 3.5)
+    assert batch_norm_stats(x, unbiased=True)[1].item() == pytest.approx(14 / 3, abs=1e-15)
+
+
+def test_loss_and_gradient_by_hand():
+    """One channel: R = |mu - m| + |v - r|, dR/dx = sign / n + 2 (x - mu) sign / n."""
+    x = torch.tensor([[1.0], [2.0], [3.0], [6.0]], dtype=F64, requires_grad=True)
+    loss = batch_norm_stat_loss(x, torch.tensor([1.0], dtype=F64), torch.tensor([4.0], dtype=F64))
+    loss.backward()
+    assert loss.item() == pytest.approx(2.5, abs=1e-15)
+    expected = 1 / 4 - 2 * (x.detach() - 3.0) / 4
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_gaussian_kl_by_hand():
+    x = torch.tensor([[0.0], [2.0]], dtype=F64)
+    loss = batch_norm_stat_loss(x, torch.tensor([0.0], dtype=F64), torch.tensor([4.0], dtype=F64), mode="gaussian_kl")
+    assert loss.item() == pytest.approx(math.log(1 / 2) - 0.5 * (1 - (4 + 1) / 1), abs=1e-7)
+
+
+def test_statistics_are_those_of_batch_norm():
+    layer = torch.nn.BatchNorm2d(5, momentum=1.0)
+    x = torch.randn(4, 5, 6, 7)
+    layer(x)
+    torch.testing.assert_close(batch_norm_stats(x)[0], layer.running_mean)
+    torch.testing.assert_close(batch_norm_stats(x, unbiased=True)[1], layer.running_var)
+
+
+# Edges
+
+
+def test_equal_statistics_give_no_loss_and_no_gradient(backend):
+    x = torch.randn(8, 3, 4, 4, dtype=F64)
+    mean, var = batch_norm_stats(x)
+    for moment in ("var", "std"):
+        results = results_of(partial(batch_norm_stat_loss, moment=moment), (x, mean, var), (0, 1, 2))
+        assert all(torch.equal(r, torch.zeros_like(r)) for r in results)
+
+
+def test_deviation_of_a_constant_has_gradient_0(backend):
+    x = torch.full((4, 2), 3.0)
+    _, grad = results_of(
+        partial(batch_norm_stat_loss, moment="std"), (x, torch.tensor([3.0, 3.0]), torch.ones(2)), (0,)
+    )
+    assert torch.equal(grad, torch.zeros_like(x))
+
+
+@of_kernels
+def test_large_mean_does_not_spoil_variance_and_gradient():
+    x = torch.randn(16, 4, 20, 20) + 1000.0
+    with kdkernels.set_backend("reference"):
+        truth = results_of(batch_norm_stats, (x,), (0,), F64)
+    for a, b in zip(results_of(batch_norm_stats, (x,), (0,)), truth, strict=True):
+        assert error_in_ulp(a, b) <= 4
+
+
+def test_no_channels(backend):
+    mean, var = batch_norm_stats(torch.randn(3, 0, 2))
+    assert mean.shape == var.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: batch_norm_stats(torch.randn(3)), ValueError, r"2 to 5 dimensions, got shape \(3,\)"),
+        (lambda: batch_norm_stats(torch.randn(0, 3)), ValueError, "has 0 values a channel.*needs 1"),
+        (lambda: batch_norm_stats(torch.randn(1, 3), unbiased=True), ValueError, "has 1 values a channel.*needs 2"),
+        (lambda: batch_norm_stats(torch.ones(2, 3, dtype=torch.int32)), TypeError, "input must be float16"),
+        (lambda: batch_norm_tap([1.0]), TypeError, "input must be a tensor, got list"),
+        (lambda: loss_of(mode="l1"), ValueError, "mode is 'l1'; accepted are 'l2'"),
+        (lambda: loss_of(moment="skew"), ValueError, "moment is 'skew'; accepted"),
+        (lambda: loss_of(mode="gaussian_kl", moment="std"), ValueError, "moment='std' applies to"),
+        (lambda: batch_norm_stat_loss(torch.randn(4, 3), torch.ones(2), torch.ones(3)), ValueError, r"expected \(3,\)"),
+    ],
+)
+def test_wrong_calls(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def loss_of(**options):
+    return batch_norm_stat_loss(torch.randn(4, 3), torch.zeros(3), torch.ones(3), **options)
+
+
+# The tap
+
+
+def test_tap_hands_the_activation_on():
+    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    y, mean, var = batch_norm_tap(x)
+    assert torch.equal(y, x)
+    assert y.data_ptr() == x.data_ptr()
+    (2 * y).sum().backward(retain_graph=True)
+    assert torch.equal(x.grad, torch.full_like(x, 2.0))
+    with pytest.raises(RuntimeError, match="view"):
+        y.add_(1.0)
+    a, b = batch_norm_stats(x)
+    assert torch.equal(mean, a)
+    assert torch.equal(var, b)
+
+
+def test_tap_equals_separate_statistics():
+    x = torch.randn(3, 4, 5, 5, dtype=F64, requires_grad=True)
+
+    def loss(y, mean, var):
+        return (y**3).sum() + (mean**2).sum() + var.exp().sum()
+
+    (fused,) = torch.autograd.grad(loss(*batch_norm_tap(x)), x)
+    (separate,) = torch.autograd.grad(loss(x, *batch_norm_stats(x)), x)
+    torch.testing.assert_close(fused, separate)
+
+
+def test_tap_under_functional_transforms():
+    x = torch.randn(6, 3, dtype=F64)
+
+    def loss(x):
+        y, mean, var = batch_norm_tap(x)
+        return (y**2).sum() + (mean * var).sum()
+
+    def plain(x):
+        return (x**2).sum() + (x.mean(0) * x.var(0, unbiased=False)).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.func.grad(plain)(x))
+    value, pull_back = torch.func.vjp(loss, x)
+    torch.testing.assert_close(pull_back(torch.ones_like(value))[0], torch.func.grad(plain)(x))
+    batch = torch.randn(2, 6, 3, dtype=F64)
+    with pytest.warns(UserWarning, match="performance drop"):
+        torch.testing.assert_close(torch.func.vmap(loss)(batch), torch.func.vmap(plain)(batch))
+
+
+def test_export_of_the_tap():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            y, mean, var = batch_norm_tap(x)
+            return y.relu(), mean + var
+
+    x = torch.randn(4, 3, requires_grad=True)
+    exported = torch.export.export(Model(), (x,)).module()
+    for a, b in zip(results_of(exported, (x,), (0,)), results_of(Model(), (x,), (0,)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_module_shows_what_it_computes():
+    x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    module = nn.BatchNormStatLoss(moment="std")
+    assert torch.equal(module(x, mean, var), batch_norm_stat_loss(x, mean, var, moment="std"))
+    assert "||mean - running_mean|| + ||std - running_std||" in repr(module)
+
+
+@given(
+    samples=st.integers(1, 9),
+    channels=st.sampled_from([1, 2, 3, 16, 17, 70]),
+    sizes=st.sampled_from([(), (1,), (5,), (3, 4), (1, 1), (7, 33), (2, 3, 4)]),
+    layout=st.sampled_from(["contiguous", "transposed", "sliced", "offset", "channels_last"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    mean=st.sampled_from([0.0, 3.0, -50.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_combination(samples, channels, sizes, layout, dtype, mean, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn((samples, channels, *sizes), generator=generator) + mean).to(dtype)
+    forms = layouts(x)
+    x = forms.get(layout, forms["contiguous"])
+    ours = results_of(batch_norm_tap, (x,), (0,))
+    with kdkernels.set_backend("reference"):
+        truth = results_of(batch_norm_tap, (x,), (0,), F64)
+    for a, b in zip(ours, truth, strict=True):
+        # A variance of one value is 0, and so is the truth, up to what rounding leaves of the mean.
+        assert error_in_ulp(a, b) <= 8 or (a - b).abs().max() <= 1e-9 * (1 + mean**2)
