@@ -10,8 +10,15 @@ from kdkernels.ops._registry import get_backend, set_backend, set_debug
 
 _loader.load_libraries()
 _registry.find_kernels()
-# The first call of MKL's square root in a process chooses the code for it, and where two threads make it at once, as
-# in the first step of Adam, one of them may round differently: one in a hundred runs differed from the others.
+# The first call of MKL's square root in a process chooses its code. When two threads make that call at once, as in the
+# first step of Adam, one of them may round differently: one run in a hundred differed from the others.
 _torch.ones(1).sqrt()
 
 __all__ = ["__version__", "build_info", "functional", "get_backend", "nn", "set_backend", "set_debug"]
+
+for _name in ("build_info", "get_backend", "set_backend", "set_debug"):
+    globals()[_name].__module__ = __name__
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,11 +1,22 @@
 """Drop-in functions: the losses of knowledge distillation and data-free image synthesis, fused."""
 
-from kdkernels.ops.batch_norm_stats import batch_norm_stat_loss, batch_norm_stats, batch_norm_tap
+from kdkernels.ops.batch_norm_stats import (
+    BatchNormStats,
+    BatchNormTap,
+    batch_norm_stat_distances,
+    batch_norm_stat_loss,
+    batch_norm_stats,
+    batch_norm_tap,
+)
 from kdkernels.ops.gradient_reversal import gradient_reversal, gradient_reversal_linear
 from kdkernels.ops.softmax_divergence import distillation_loss, js_div_with_logits, kl_div_with_logits
-from kdkernels.ops.total_variation import image_prior_losses, total_variation
+from kdkernels.ops.total_variation import ImagePriorLosses, image_prior_losses, total_variation
 
 __all__ = [
+    "BatchNormStats",
+    "BatchNormTap",
+    "ImagePriorLosses",
+    "batch_norm_stat_distances",
     "batch_norm_stat_loss",
     "batch_norm_stats",
     "batch_norm_tap",
@@ -17,3 +28,10 @@ __all__ = [
     "kl_div_with_logits",
     "total_variation",
 ]
+
+for _name in __all__:
+    globals()[_name].__module__ = __name__  # where users find it, whichever folder it lies in
+
+
+def __dir__() -> list[str]:
+    return __all__

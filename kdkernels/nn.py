@@ -8,8 +8,8 @@ from torch.nn import Linear, Module
 
 from kdkernels import functional
 from kdkernels.ops import total_variation as _total_variation
-from kdkernels.ops.batch_norm_stats import Mode, Moment
-from kdkernels.ops.softmax_divergence import Divergence, Reduction
+from kdkernels.ops._types import Mode, Moment, Reduction
+from kdkernels.ops.softmax_divergence import Divergence
 
 __all__ = [
     "BatchNormStatLoss",
@@ -18,7 +18,6 @@ __all__ = [
     "GradientReversalLinear",
     "ImagePriorLoss",
     "JSDivWithLogitsLoss",
-    "KDLoss",
     "KLDivWithLogitsLoss",
     "TotalVariationLoss",
     "WarmStartGradientReversal",
@@ -91,7 +90,7 @@ class JSDivWithLogitsLoss(Module):
         return f"{form}, temperature={self.temperature}{_dim(self.dim)}, reduction={self.reduction!r}"
 
 
-class KDLoss(Module):
+class DistillationLoss(Module):
     """Module of :func:`kdkernels.functional.distillation_loss`.
 
     Call it with student logits, teacher logits and, for the cross-entropy term, labels. Weights left out are those of
@@ -153,9 +152,6 @@ class KDLoss(Module):
         )
 
 
-DistillationLoss = KDLoss
-
-
 def _dim(dim: int | None) -> str:
     return "" if dim is None else f", dim={dim}"
 
@@ -206,10 +202,10 @@ class TotalVariationLoss(Module):
         self.directions: Literal[1, 2, 4] = directions
         self.eps = eps
 
-    def forward(self, img: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the total variation of the images."""
         return functional.total_variation(
-            img, self.reduction, norm_type=self.norm_type, directions=self.directions, eps=self.eps
+            input, self.reduction, norm_type=self.norm_type, directions=self.directions, eps=self.eps
         )
 
     def extra_repr(self) -> str:
@@ -232,11 +228,11 @@ class ImagePriorLoss(Module):
         self.tv_l2 = tv_l2
         self.l2 = l2
 
-    def forward(self, img: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the weighted image priors; a term of weight 0 takes no part."""
-        terms = zip((self.tv_l1, self.tv_l2, self.l2), functional.image_prior_losses(img), strict=True)
+        terms = zip((self.tv_l1, self.tv_l2, self.l2), functional.image_prior_losses(input), strict=True)
         weighted = [weight * term for weight, term in terms if weight != 0]
-        return torch.stack(weighted).sum() if weighted else img.sum() * 0.0
+        return torch.stack(weighted).sum() if weighted else input.sum() * 0.0
 
     def extra_repr(self) -> str:
         """Say what is weighted how."""
@@ -272,7 +268,7 @@ class WarmStartGradientReversal(Module):
 
     iteration: Tensor
 
-    def __init__(self, gamma: float = 10.0, lo: float = 0.0, hi: float = 1.0, max_iters: int = 1000) -> None:
+    def __init__(self, *, gamma: float = 10.0, lo: float = 0.0, hi: float = 1.0, max_iters: int = 1000) -> None:
         super().__init__()
         if max_iters < 1:
             raise ValueError(f"max_iters is {max_iters}; expected a positive number of steps")
@@ -321,3 +317,7 @@ class GradientReversalLinear(Linear):
     def extra_repr(self) -> str:
         """Say what the gradient is multiplied by."""
         return f"{super().extra_repr()}, backward: -{float(self.lambd):g} * grad"
+
+
+def __dir__() -> list[str]:
+    return __all__

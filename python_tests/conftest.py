@@ -1,20 +1,38 @@
 """Fixtures of all tests, and the report of the cases in which eager PyTorch is more accurate."""
 
 import os
+import sys
 from dataclasses import replace
 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", "build", "inductor"))
 
 import pytest
 import torch
-from contract import ACCURACY, BACKENDS, DEVICE, KERNEL_BACKEND, KERNELS, OpContract, on_device
+from contract import ACCURACY, BACKENDS, DEVICE, KERNEL_BACKEND, KERNELS, OpContract, has_kernels, on_device
 from hypothesis import settings
 
 import kdkernels
-from kdkernels.data import load_digits
 
 settings.register_profile("kdkernels", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("kdkernels")
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out tests of kernels for an op that has none, and skip them where nothing was built."""
+    kept, left_out = [], []
+    for item in items:
+        of_kernels = item.get_closest_marker("of_kernels") is not None
+        op = getattr(item.cls, "op", None)
+        if of_kernels and not KERNELS:
+            item.add_marker(pytest.mark.skip(reason="KDKERNELS_BUILD=none: there are no kernels"))
+        (left_out if of_kernels and KERNELS and op and not has_kernels(op) else kept).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +41,7 @@ def _reproducible():
     torch.manual_seed(0)
     # On a GPU eager PyTorch itself has operations that are not deterministic.
     torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")
-    with kdkernels.set_backend(KERNEL_BACKEND if KERNELS and KERNEL_BACKEND == "triton" else "auto"):
+    with kdkernels.set_backend("triton" if KERNELS and KERNEL_BACKEND == "triton" else "auto"):
         yield
     torch.use_deterministic_algorithms(False)
 
@@ -35,10 +53,20 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture
+def scalars_on_device(monkeypatch):
+    """Pass every scalar of a Triton kernel as a pointer, as one on a GPU is, and let no value be seen."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("kdkernels.ops") and hasattr(module, "known_to_host"):
+            monkeypatch.setattr(module, "known_to_host", lambda scalar: False)
+    monkeypatch.setattr("kdkernels.ops._registry.values_are_visible", lambda tensor: False)
+
+
 @pytest.fixture(scope="session")
 def digits_teacher():
     """A network trained on the digits; tests must leave it as it is."""
     from kdkernels.cli.demo import DemoSettings, train_teacher
+    from kdkernels.data import load_digits
 
     return train_teacher(DemoSettings(), *load_digits().train, seed=0)
 

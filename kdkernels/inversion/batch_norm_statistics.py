@@ -7,8 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kdkernels.functional import batch_norm_tap
-from kdkernels.ops.batch_norm_stats import Mode, Moment, stat_distances
+from kdkernels.functional import batch_norm_stat_distances, batch_norm_tap
+from kdkernels.ops._types import Mode, Moment
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -139,7 +139,7 @@ class BatchNormStatistics:
             raise RuntimeError("no BatchNorm layer has run yet: call the model inside the with block first")
         order, means, variances = zip(*self._records, strict=True)
         running_mean, running_var = self._running_statistics(order)
-        return stat_distances(
+        return batch_norm_stat_distances(
             torch.cat(means),
             torch.cat(variances),
             running_mean,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-from kdkernels.ops.batch_norm_stats import Mode, Moment
+from kdkernels.ops._types import Mode, Moment
 
 Compete = Literal["js", "nvlabs", "datafree"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

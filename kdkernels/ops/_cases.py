@@ -1,7 +1,6 @@
-"""Inputs for every op, one generator an op: the tests, the benchmark and the self-test draw from them.
+"""What every op is tested, timed and checked with: a registry that each op's ``cases.py`` fills.
 
-A :class:`Case` pairs a function of this package with what a user would write in PyTorch, on a few samples of one
-kind: a shape, a layout, an option, an edge.
+Tests, the benchmark, the self-test, the emulator and the GPU run look ops up here; none of them names one.
 """
 
 import importlib
@@ -18,31 +17,18 @@ from kdkernels import ops
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHORT_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
-COMMON_ROWS: tuple[tuple[str, tuple[int, ...], str], ...] = (
-    ("batch_norm_stat_loss", (64, 64, 32, 32), ""),
-    ("distillation_loss", (256, 1000), ""),
-    ("js_div_with_logits", (256, 1000), ""),
-    ("distillation_loss", (8192, 100), ""),
-    ("js_div_with_logits", (8192, 100), ""),
-    ("distillation_loss", (64, 32000), ""),
-    ("js_div_with_logits", (64, 32000), ""),
-    ("kl_div_with_logits", (8, 19, 128, 128), "dim=1"),
-    ("kl_div_with_logits", (8, 19, 256, 256), "dim=1"),
-    ("image_prior_losses", (64, 3, 128, 128), ""),
-    ("image_prior_losses", (64, 3, 224, 224), ""),
-)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of input of one function.
+    """One kind of input of one function, for comparing results with the formula.
 
     Attributes:
-        name: says what is particular about it.
-        function: a function of kdkernels with its options bound; it takes a sample's tensors.
-        eager: the same formula in plain PyTorch, as a user would write it.
-        samples: the tensors of each sample.
-        differentiable: positions of the tensors that get a gradient.
+        name: What is particular about it.
+        function: A public function with its options bound; it takes a sample's tensors.
+        eager: The same formula in plain PyTorch, as a user would write it.
+        samples: The tensors of each sample.
+        differentiable: Positions of the tensors that get a gradient.
 
     """
 
@@ -57,21 +43,70 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A small call of a function, for checks of how it is called rather than of its numbers."""
+
+    name: str
+    function: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    differentiable: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class FarCall:
+    """A call on tensors whose slices along ``dim`` lie more than 2**31 elements apart in memory."""
+
+    function: Callable[..., Any]
+    shape: tuple[int, ...]
+    dim: int = 0
+    inputs: int = 1
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A row of the benchmark: a function on tensors of one shape and dtype.
+
+    Attributes:
+        function: The function's name in ``kdkernels.functional``.
+        shape: Shape of the large tensors.
+        dtype: Dtype of the large tensors.
+        variant: A class dimension or a memory format, as :func:`workload` takes it.
+        quick: Whether it belongs to the chosen set, which takes minutes.
+        compared: Whether ``make bench-compare`` times it.
+        goals: Speed-ups aimed for, such as ``{"faster than eager": 4.0}``; None for those of the device.
+
+    """
+
+    function: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    variant: str = ""
+    quick: bool = False
+    compared: bool = False
+    goals: Mapping[str, float] | None = None
+
+    @property
+    def workload(self) -> "Workload":
+        """The tensors and functions of this row."""
+        return workload(self.function, self.shape, self.dtype, self.variant)
+
+
+@dataclass(frozen=True)
 class Workload:
     """One row of the benchmark: a function on tensors of one shape and dtype, with the gradient to the first of them.
 
     Attributes:
-        op: the family.
-        function: the function's name in ``kdkernels.functional``.
-        shape: of the large tensors.
-        dtype: of the large tensors.
-        variant: what else is particular: a class dimension, a memory format.
-        ours: a function of kdkernels with its options bound.
-        eager: the same formula in plain PyTorch, as a user would write it.
-        make: draws the tensors on a device.
-        passes: by type of device, how often forward and backward have to read or write a tensor of that shape, as the
-            documentation of the op states it, for the incoming gradient of the benchmark.
-        cotangents: draws the incoming gradients of outputs; none for a loss, whose gradient is 1.
+        op: The op's folder.
+        function: The function's name in ``kdkernels.functional``.
+        shape: Shape of the large tensors.
+        dtype: Dtype of the large tensors.
+        variant: A class dimension or a memory format.
+        ours: The public function with its options bound.
+        eager: The same formula in plain PyTorch, as a user would write it.
+        make: Draws the tensors on a device.
+        passes: By type of device, how often forward and backward read or write a tensor of that shape, for the incoming
+            gradient of the benchmark. The op's contract states them.
+        cotangents: Draws the incoming gradients of the outputs; None for a loss, whose gradient is 1.
 
     """
 
@@ -103,28 +138,65 @@ class Workload:
         return 1e-4 if self.dtype.itemsize >= 4 else 1e-2
 
 
-def families() -> list[str]:
-    """Return the names of all modules of cases."""
-    return sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg)
+@dataclass(frozen=True)
+class OpCases:
+    """What an op registers.
+
+    Attributes:
+        op: The op's folder.
+        accuracy: Yields the cases of a dtype on a device.
+        calls: Returns small calls in float64, at most 50 elements an input.
+        far_calls: Calls for tensors of more elements than 32 bits count.
+        functions: The functions that are timed.
+        workload: Returns the workload of one of these functions for a shape, a dtype and a variant.
+        benchmarks: Rows of the CPU benchmark.
+        gpu_benchmarks: Rows of the GPU benchmark, the most important first.
+
+    """
+
+    op: str
+    accuracy: Callable[[torch.dtype, str], Iterator[Case]]
+    calls: Callable[[], list[Call]]
+    far_calls: tuple[FarCall, ...] = ()
+    functions: tuple[str, ...] = ()
+    workload: Callable[[str, tuple[int, ...], torch.dtype, str], Workload] | None = None
+    benchmarks: tuple[Benchmark, ...] = ()
+    gpu_benchmarks: tuple[Benchmark, ...] = ()
 
 
-def cases_of(family: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
-    """Yield the cases of a family in a dtype."""
-    module = importlib.import_module(f"kdkernels.ops.{family}.cases")
-    yield from module.cases(dtype, device)
+_registry: dict[str, OpCases] = {}
+
+
+def register(package: str, **entries: Any) -> None:
+    """Enter an op; called by its ``cases.py`` with ``__package__`` and the fields of :class:`OpCases`."""
+    op = package.rpartition(".")[2]
+    _registry[op] = OpCases(op, **entries)
+
+
+def registry() -> dict[str, OpCases]:
+    """Return what every op has registered, by op."""
+    names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg)
+    for name in names:
+        importlib.import_module(f"kdkernels.ops.{name}.cases")
+    return {name: _registry[name] for name in names}
+
+
+def cases_of(op: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
+    """Yield the cases of an op in a dtype."""
+    yield from registry()[op].accuracy(dtype, device)
 
 
 def workload(function: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, variant: str = "") -> Workload:
-    """Return a row of the benchmark for a shape of one's own.
+    """Return a row of the benchmark for any shape.
 
     Args:
-        function: a name in :func:`workload_functions`.
-        shape: of the large tensors: logits, images, an activation.
-        dtype: of the large tensors.
-        variant: empty, or one that the function has, such as ``"dim=1"`` or ``"channels_last"``.
+        function: A name in :func:`workload_functions`.
+        shape: Shape of the large tensors: logits, images, an activation.
+        dtype: Dtype of the large tensors.
+        variant: Empty, or one that the function has, such as ``"dim=1"`` or ``"channels_last"``.
 
     Raises:
-        ValueError: there is no such function or variant, or the shape does not suit it.
+        ValueError: There is no such function or variant, or the shape does not suit it.
 
     """
     makers = workload_functions()
@@ -137,17 +209,19 @@ def workload(function: str, shape: Sequence[int], dtype: torch.dtype = torch.flo
 
 def workload_functions() -> dict[str, Callable[[str, tuple[int, ...], torch.dtype, str], Workload]]:
     """Return what makes the rows of the benchmark, by the function that they measure."""
-    makers: dict[str, Callable[[str, tuple[int, ...], torch.dtype, str], Workload]] = {}
-    for family in families():
-        module = importlib.import_module(f"kdkernels.ops.{family}.cases")
-        makers |= dict.fromkeys(module.WORKLOADS, module.workload)
-    return makers
+    return {name: op.workload for op in registry().values() if op.workload for name in op.functions}
 
 
-def workloads() -> Iterator[Workload]:
-    """Yield the rows that every benchmark on a CPU has."""
-    for function, shape, variant in COMMON_ROWS:
-        yield workload(function, shape, variant=variant)
+def benchmarks() -> list[Benchmark]:
+    """Return the rows of the CPU benchmark, op by op."""
+    return [row for op in registry().values() for row in op.benchmarks]
+
+
+def gpu_benchmarks() -> Iterator[Benchmark]:
+    """Yield the rows of the GPU benchmark, the first of every op before the second of any."""
+    waiting = [list(op.gpu_benchmarks) for op in registry().values()]
+    while any(waiting):
+        yield from (rows.pop(0) for rows in waiting if rows)
 
 
 def one_of(variant: str, variants: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ from torch import Tensor
 from kdkernels.ops import _registry
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REDUCTIONS = ("none", "mean", "sum", "batchmean")
 
 
 def check_floating(name: str, tensor: object) -> None:
@@ -97,39 +96,3 @@ def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
         dtype = torch.float32 if like.device.type == "mps" else torch.float64
         return like.new_ones((), dtype=dtype) * value
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
-
-
-def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int | None, reduction: str) -> int:
-    """Check what can be seen without reading values; return the class dimension, counted from the front."""
-    check_floating("input", input)
-    check_floating("target", target)
-    check_same_shape("input", input, "target", target)
-    check_same_device("input", input, "target", target)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if input.dim() == 0:
-        raise ValueError("input has no dimensions; expected one for the classes at least")
-    if dim is None:
-        if input.dim() > 2:
-            raise ValueError(
-                f"dim is required for logits of more than 2 dimensions, here {tuple(input.shape)}: "
-                "dim=1 for [B, C, H, W], dim=-1 for [B, T, C]"
-            )
-        dim = -1
-    if not -input.dim() <= dim < input.dim():
-        raise ValueError(f"dim is {dim}; expected a dimension of the {input.dim()}-dimensional input")
-    dim %= input.dim()
-    if input.shape[dim] == 0:
-        raise ValueError(f"input has 0 classes: shape {tuple(input.shape)}, dim={dim}")
-    if reduction == "batchmean" and dim == 0 and input.dim() > 1:
-        raise ValueError("reduction='batchmean' divides by the size of dimension 0, which holds the classes (dim=0)")
-    if labels is not None:
-        positions = input.shape[:dim] + input.shape[dim + 1 :]
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be a tensor of class indices, torch.int64, got {got}")
-        if labels.shape != positions:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; expected {tuple(positions)}, input's shape without dim {dim}"
-            )
-        check_same_device("input", input, "labels", labels)
-    return dim

@@ -38,12 +38,20 @@ def load_libraries() -> None:
         _compiled[name] = library.build_info()
 
 
+# Which kernels the native backend has for a type of device. Tests let those of a GPU stand in for those of a CPU.
+_native_kernels = {"cpu": "cpu", "cuda": "cuda"}
+
+
+def native_kernels(device_type: str) -> str | None:
+    """Return which kernels are the native ones on a type of device, ``"cpu"`` or ``"cuda"``, or None."""
+    return _native_kernels.get(device_type)
+
+
 def why_missing(device_type: str) -> str | None:
     """Why no native kernels are loaded for a device, or None where they are."""
     return _missing.get({"cpu": "_C", "cuda": "_cuda"}.get(device_type, ""))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not_device(index: int | None) -> str | None:
     """Why the CUDA kernels cannot run on a GPU, or None where they can; compared before the first launch."""
     if "_cuda" not in _compiled or not torch.cuda.is_initialized():
@@ -52,6 +60,10 @@ def why_not_device(index: int | None) -> str | None:
     if index not in _devices:
         _devices[index] = _compare(torch.cuda.get_device_capability(index), _compiled["_cuda"]["architectures"])
     return _devices[index]
+
+
+# What torch.compiler.assume_constant_result sets: the function itself would import torch._dynamo, which takes seconds.
+why_not_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _compare(capability: tuple[int, int], architectures: list[str]) -> str | None:

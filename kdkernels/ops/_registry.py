@@ -6,11 +6,13 @@ formula calls the overload of the same backend, whatever the choice is by the ti
 """
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from kdkernels.ops import _loader
 
@@ -75,6 +77,12 @@ class Op:
             reason = _loader.why_no_triton()
         name = "Triton" if backend == "triton" else backend
         return reason or f"kdkernels has no {name} kernel of {self.name} for devices of type {device.type!r}"
+
+
+def returns(cls: type[tuple[Tensor, ...]]) -> type[tuple[Tensor, ...]]:
+    """Decorate a named tuple that functions return, so that ``torch.export.save`` can write it down."""
+    torch.utils._pytree._register_namedtuple(cls, serialized_type_name=f"kdkernels.functional.{cls.__name__}")
+    return cls
 
 
 def is_transformed() -> bool:
@@ -156,8 +164,9 @@ def define(
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
             op.functions[backend] = _function(op.overloads[backend], setup, backward)
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
-    for key in _loader.triton_keys():
-        _library.impl(f"{name}.triton", _triton_launcher(reference.__module__.rpartition(".")[0], name), key)
+    package = reference.__module__.rpartition(".")[0]
+    for key in _loader.triton_keys() if importlib.util.find_spec(f"{package}.triton") else ():
+        _library.impl(f"{name}.triton", _triton_launcher(package, name), key)
     return op
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.ops import _registry
-from kdkernels.ops._cases import Case, cases_of, families
+from kdkernels.ops._cases import Case, cases_of, registry
 
 ALLOWED_ULP = 4.0
 REFERENCE_ULP = 64.0  # the reference in fp32 or less, as a backend, has plain forms and no compensated sums
@@ -151,13 +151,11 @@ def accuracy_of(
     return [Accuracy(f"{dtype}, {case.name}, {name}", *errors) for name, errors in zip(names, worst, strict=True)]
 
 
-def run(
-    *, families: Iterable[str] = tuple(families()), dtypes: Iterable[torch.dtype] = COARSE, device: str = "cpu"
-) -> Report:
+def run(*, ops: Iterable[str] | None = None, dtypes: Iterable[torch.dtype] = COARSE, device: str = "cpu") -> Report:
     """Compare ops with the float64 reference: kernels up to 4 units in the last place, the reference itself up to 64.
 
     Args:
-        families: names of modules in :mod:`kdkernels.ops`; all by default.
+        ops: Names of the folders of ops. Default: all.
         dtypes: of the inputs; fp32, fp16 and bf16 by default. In fp64 the reference rounds as much as the kernels.
         device: where the ops run.
 
@@ -165,9 +163,9 @@ def run(
     report = Report()
     kernels = any(backend != "reference" for backend, _ in _registry.explain(device).values())
     allowed = ALLOWED_ULP if kernels else REFERENCE_ULP
-    for family in families:
+    for op in registry() if ops is None else ops:
         for dtype in dtypes:
-            for case in cases_of(family, dtype, device):
+            for case in cases_of(op, dtype, device):
                 rows = accuracy_of(case)
-                report.rows += [Accuracy(f"{family}, {row.name}", row.ours, row.eager, allowed) for row in rows]
+                report.rows += [Accuracy(f"{op}, {row.name}", row.ours, row.eager, allowed) for row in rows]
     return report

@@ -5,7 +5,6 @@ CPU tensors. For a process of its own; nothing of it is ever shipped.
 import sys
 from pathlib import Path
 
-import torch
 from cuda_host.build import HERE, SCHEDULES, Library, Schedule, Variant, build
 from torch.utils import cpp_extension
 
@@ -39,17 +38,13 @@ def install(variant: Variant) -> Library:
         raise RuntimeError("kdkernels is imported already, with the CPU kernels")
     sys.modules["kdkernels._C"] = None  # type: ignore[assignment]
     import kdkernels  # noqa: F401
-    from kdkernels.ops import _loader, _registry, softmax_divergence
+    from kdkernels.ops import _loader, _registry
 
     emulator = library(variant)
     _loader._missing.pop("_C")
     _registry.find_kernels()
 
-    def what_to_save(backend: str, input: torch.Tensor, target: torch.Tensor) -> str:
-        wanted = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-        return "statistics" if backend == "native" and wanted else "nothing"
-
-    softmax_divergence._what_to_save = what_to_save
+    _loader._native_kernels["cpu"] = "cuda"
     emulator.cuda_host_open_memory(1)
     _installed.append(emulator)
     return emulator

@@ -8,15 +8,7 @@ import torch
 from contract import TARGET
 from emulated import installed
 
-from kdkernels.functional import (
-    batch_norm_stats,
-    distillation_loss,
-    gradient_reversal,
-    image_prior_losses,
-    kl_div_with_logits,
-    total_variation,
-)
-from kdkernels.ops._cases import cases_of, families
+from kdkernels.ops._cases import registry
 from kdkernels.testing.selftest import results_of
 
 assert TARGET == "emulated"
@@ -47,17 +39,17 @@ def between_guards(tensor, *, at_end):
 
 
 SMALL = [
-    (family, dtype, case)
-    for family in families()
+    (name, dtype, case)
+    for name, op in registry().items()
     for dtype in (torch.float32, torch.bfloat16, torch.float64)
-    for case in cases_of(family, dtype)
+    for case in op.accuracy(dtype, "cpu")
     if max(t.numel() for t in case.samples[0]) <= 70000 and not any(0 in t.stride() for t in case.samples[0])
 ]
 
 
 @pytest.mark.parametrize("at_end", [False, True], ids=["begins at a guard", "ends at a guard"])
-@pytest.mark.parametrize(("family", "dtype", "case"), SMALL, ids=lambda value: str(value))
-def test_nothing_outside_of_the_inputs_is_read(family, dtype, case, at_end):
+@pytest.mark.parametrize(("op", "dtype", "case"), SMALL, ids=lambda value: str(value))
+def test_nothing_outside_of_the_inputs_is_read(op, dtype, case, at_end):
     plain = results_of(case.function, case.samples[0], case.differentiable)
     guarded = tuple(between_guards(t, at_end=at_end) for t in case.samples[0])
     for a, b in zip(plain, results_of(case.function, guarded, case.differentiable), strict=True):
@@ -74,27 +66,17 @@ def far_apart(tensor, dim):
     return flat.as_strided(tensor.shape, stride).copy_(tensor)
 
 
+FAR_CALLS = [(f"{name} {call.shape}", call) for name, op in registry().items() for call in op.far_calls]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("function", "shape", "dim", "inputs"),
-    [
-        (lambda s, t: kl_div_with_logits(s, t), (3, 70), 0, 2),
-        (lambda s, t: kl_div_with_logits(s, t), (3, 5), 0, 2),
-        (lambda s, t: kl_div_with_logits(s, t, dim=1), (2, 3, 2, 40), 1, 2),
-        (lambda s, t: distillation_loss(s, t, torch.tensor([1, 2])), (2, 1500), 0, 2),
-        (lambda x: batch_norm_stats(x)[1], (3, 4, 50), 0, 1),
-        (lambda x: batch_norm_stats(x)[1], (3, 40), 0, 1),
-        (lambda x: image_prior_losses(x)[0], (2, 3, 9, 20), 0, 1),
-        (lambda x: total_variation(x), (2, 3, 9, 20), 2, 1),
-        (lambda x: gradient_reversal(x).sin(), (2, 300), 0, 1),
-    ],
-)
-def test_offsets_past_two_billion_elements(function, shape, dim, inputs, dtype):
-    tensors = tuple(torch.randn(shape).to(dtype) for _ in range(inputs))
-    far = tuple(far_apart(t, dim) for t in tensors)
-    differentiable = tuple(range(inputs))
-    expected = results_of(function, tensors, differentiable)
-    for a, b in zip(expected, results_of(function, far, differentiable), strict=True):
+@pytest.mark.parametrize("call", [call for _, call in FAR_CALLS], ids=[name for name, _ in FAR_CALLS])
+def test_offsets_past_two_billion_elements(call, dtype):
+    tensors = tuple(torch.randn(call.shape).to(dtype) for _ in range(call.inputs))
+    far = tuple(far_apart(t, call.dim) for t in tensors)
+    differentiable = tuple(range(call.inputs))
+    expected = results_of(call.function, tensors, differentiable)
+    for a, b in zip(expected, results_of(call.function, far, differentiable), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from contract import Call, OpContract, of_kernels
+from contract import OpContract, of_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,24 +25,7 @@ def options_of(case):
 
 
 class TestBatchNormStats(OpContract):
-    family = "batch_norm_stats"
-
-    @classmethod
-    def calls(cls):
-        x = torch.randn(4, 3, 2, 2, dtype=F64)
-        running = torch.randn(3, dtype=F64), torch.rand(3, dtype=F64) + 0.5
-        every = (0, 1, 2)
-        last = x.contiguous(memory_format=torch.channels_last)
-        return [
-            Call("statistics", batch_norm_stats, (x,)),
-            Call("unbiased statistics", partial(batch_norm_stats, unbiased=True), (last,)),
-            Call("tap", batch_norm_tap, (x,)),
-            Call("tap of rows", partial(batch_norm_tap, unbiased=True), (x[:, :, 0, 0],)),
-            Call("l2", batch_norm_stat_loss, (x, *running), every),
-            Call("l2 of deviations", partial(batch_norm_stat_loss, moment="std"), (x, *running), every),
-            Call("squared", partial(batch_norm_stat_loss, mode="squared", unbiased=True), (last, *running), every),
-            Call("gaussian_kl", partial(batch_norm_stat_loss, mode="gaussian_kl"), (x, *running), every),
-        ]
+    op = "batch_norm_stats"
 
     @classmethod
     def op_samples(cls):

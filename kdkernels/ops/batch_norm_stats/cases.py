@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.functional import batch_norm_stat_loss, batch_norm_stats, batch_norm_tap
-from kdkernels.ops._cases import Case, Workload, draw, layouts, one_of
+from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw, layouts, one_of, register
+from kdkernels.ops.batch_norm_stats import PASSES, batch_norm_stat_loss, batch_norm_stats, batch_norm_tap
 
 SHAPES = ((5, 3), (64, 300), (4, 6, 7), (2, 8, 4, 6), (3, 70, 7, 7), (2, 1, 33, 65), (2, 5, 3, 4, 5), (1, 4, 9, 9))
-
-WORKLOADS = ("batch_norm_tap", "batch_norm_stat_loss", "batch_norm_stats")
 
 
 def _by_channel(statistic: Tensor, input: Tensor) -> Tensor:
@@ -122,13 +120,71 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
             return (normal(device, 0),)
         return normal(device, 0), torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
 
-    functions: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
-        "batch_norm_stats": (batch_norm_stats, eager_stats, 2),
-        "batch_norm_tap": (batch_norm_tap, eager_hook, 3),
-        "batch_norm_stat_loss": (batch_norm_stat_loss, eager_loss, 2),
+    functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "batch_norm_stats": (batch_norm_stats, eager_stats),
+        "batch_norm_tap": (batch_norm_tap, eager_hook),
+        "batch_norm_stat_loss": (batch_norm_stat_loss, eager_loss),
     }
-    ours, eager, backward = functions[function]
+    ours, eager = functions[function]
     return Workload(
         "batch_norm_stats", function, shape, dtype, variant, ours, eager, make,
-        {"cpu": (1, backward), "cuda": (1, backward)}, None if ours is batch_norm_stat_loss else cotangents,
+        dict.fromkeys(("cpu", "cuda"), PASSES[function]), None if ours is batch_norm_stat_loss else cotangents,
     )  # fmt: skip
+
+
+def calls() -> list[Call]:
+    """Return small calls in float64."""
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    running = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
+    every = (0, 1, 2)
+    last = x.contiguous(memory_format=torch.channels_last)
+    return [
+        Call("statistics", batch_norm_stats, (x,)),
+        Call("unbiased statistics", partial(batch_norm_stats, unbiased=True), (last,)),
+        Call("tap", batch_norm_tap, (x,)),
+        Call("tap of rows", partial(batch_norm_tap, unbiased=True), (x[:, :, 0, 0],)),
+        Call("l2", batch_norm_stat_loss, (x, *running), every),
+        Call("l2 of deviations", partial(batch_norm_stat_loss, moment="std"), (x, *running), every),
+        Call("squared", partial(batch_norm_stat_loss, mode="squared", unbiased=True), (last, *running), every),
+        Call("gaussian_kl", partial(batch_norm_stat_loss, mode="gaussian_kl"), (x, *running), every),
+    ]
+
+
+BF16 = torch.bfloat16
+TAP, LOSS = "batch_norm_tap", "batch_norm_stat_loss"
+
+
+def _variance(input: Tensor) -> Tensor:
+    return batch_norm_stats(input)[1]
+
+
+register(
+    __package__,
+    accuracy=cases,
+    calls=calls,
+    far_calls=(FarCall(_variance, (3, 4, 50)), FarCall(_variance, (3, 40))),
+    functions=(TAP, LOSS, "batch_norm_stats"),
+    workload=workload,
+    # Goals with two threads of a CPU, forward and backward, against the default mode of torch.compile.
+    benchmarks=(
+        Benchmark(LOSS, (64, 64, 32, 32), quick=True, compared=True,
+                  goals={"faster than eager": 6.0, "faster than compile": 1.0}),
+        Benchmark(TAP, (64, 64, 32, 32), variant="channels_last", quick=True),
+        Benchmark(LOSS, (32, 16, 8, 8)),
+        Benchmark(TAP, (64, 64, 32, 32)),
+        Benchmark(TAP, (64, 64, 32, 32), BF16),
+        Benchmark(TAP, (8, 256, 56, 56), variant="channels_last"),
+        Benchmark(TAP, (8, 256, 56, 56)),
+        Benchmark(LOSS, (64, 512, 7, 7)),
+    ),
+    gpu_benchmarks=(
+        Benchmark(TAP, (84, 256, 56, 56)),
+        Benchmark(TAP, (84, 256, 56, 56), variant="channels_last"),
+        Benchmark(TAP, (84, 256, 56, 56), BF16),
+        Benchmark(TAP, (84, 256, 56, 56), BF16, "channels_last"),
+        Benchmark(TAP, (256, 64, 32, 32)),
+        Benchmark(TAP, (256, 64, 32, 32), variant="channels_last"),
+        Benchmark(TAP, (256, 64, 32, 32), BF16),
+        Benchmark(TAP, (256, 64, 32, 32), BF16, "channels_last"),
+    ),
+)  # fmt: skip

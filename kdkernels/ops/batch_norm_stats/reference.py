@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
+from kdkernels.ops._numerics import compute_dtype, laid_out_as, root
+
 EPS = 1e-8  # added to both variances of "gaussian_kl"
-
-
-def compute_dtype(input: Tensor) -> torch.dtype:
-    """Return float64 for float64, else float32: 16-bit numbers are never computed with."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def values_per_channel(input: Tensor) -> int:
@@ -62,18 +59,12 @@ def tap_backward(
 ) -> Tensor:
     """Return :func:`tap_gradient`, laid out as the input."""
     gradient = tap_gradient(grad_output, grad_mean, grad_var, input, unbiased)
-    return torch.empty_like(input).copy_(gradient)
-
-
-def _root(variance: Tensor) -> Tensor:
-    """Return the square root, with gradient 0 at 0."""
-    zero = variance == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, variance).sqrt())
+    return laid_out_as(input, gradient)
 
 
 def _norm(x: Tensor) -> Tensor:
     """Return the Euclidean norm, with gradient 0 at 0."""
-    return _root(x.square().sum())
+    return root(x.square().sum())
 
 
 def _distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, mode: str, moment: str) -> Tensor:
@@ -83,7 +74,7 @@ def _distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tens
         v, r = var + EPS, running_var + EPS
         return ((v / r).log() + (r - v + means.square()) / v).mean() / 2
     if moment == "std":
-        var, running_var = _root(var), _root(running_var)
+        var, running_var = root(var), root(running_var)
     spreads = var - running_var
     if mode == "squared":
         return (means.square() + spreads.square()).mean()
@@ -137,7 +128,7 @@ def distances_backward(
         return grad * by_mean, grad * by_var, -grad * by_mean, grad * by_running_var
     slope, running_slope = torch.ones_like(var), torch.ones_like(var)
     if moment == "std":
-        var, running_var = _root(var), _root(running_var)
+        var, running_var = root(var), root(running_var)
         slope, running_slope = (torch.where(s == 0, 0.0, 0.5 / torch.where(s == 0, 1.0, s)) for s in (var, running_var))
     spreads = var - running_var
     by_mean, by_spread = (2 * x / size if mode == "squared" else unit(x) for x in (means, spreads))

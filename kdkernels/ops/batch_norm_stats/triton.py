@@ -1,8 +1,4 @@
-"""Batch-norm statistics, the backward of their tap, and the distance from the running statistics.
-
-Passes over memory (R a read, W a write of the activation): statistics R; backward of the tap R R W, R W without the
-gradient of the network. A distance reads a few numbers a channel.
-"""
+"""Batch-norm statistics, the backward of their tap, and the distance from the running statistics."""
 
 from dataclasses import dataclass
 
@@ -10,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kdkernels.ops._numerics import compute_dtype
 from kdkernels.ops._triton_launch import device_of, power_of_two
 from kdkernels.ops.batch_norm_stats import reference
 from kdkernels.ops.batch_norm_stats import triton_kernels as kernels
@@ -89,7 +86,7 @@ def batch_norm_stats(input: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Ten
     if values is None:
         input = input.contiguous()
         values = _contiguous_values(input)
-    dtype = reference.compute_dtype(input)
+    dtype = compute_dtype(input)
     mean, var, mean_error = (input.new_empty(values.channels, dtype=dtype) for _ in range(3))
     if values.channels == 0:
         return mean, var, mean_error

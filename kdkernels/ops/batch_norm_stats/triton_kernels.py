@@ -7,7 +7,9 @@ fp64. So the mean is exact even where it is small, and the variance even where t
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-8)  # added to both variances of gaussian_kl
+from kdkernels.ops.batch_norm_stats import reference
+
+EPS = tl.constexpr(reference.EPS)
 
 
 @triton.jit

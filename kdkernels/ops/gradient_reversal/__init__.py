@@ -1,8 +1,4 @@
-"""Gradient reversal: the identity forward, a factor of -lambd backward.
-
-Passes over memory (R a read, W a write of the activation): forward none, backward R W; none either where the factor is
-folded into a matrix product.
-"""
+"""Gradient reversal: the identity forward, a factor of -lambd backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +42,9 @@ def _copy_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
         return None, None
     return _BACKWARD.run(ctx.backend, grad, *ctx.saved_tensors), None
 
+
+# Passes over the features in memory, forward and backward: none and R W; none where a matrix product takes the factor.
+PASSES = (0, 2)
 
 _BACKWARD = _registry.define(
     "gradient_reversal_backward",
@@ -122,23 +121,28 @@ def _coefficient(lambd: float | Tensor, input: Tensor) -> Tensor:
 
 
 def gradient_reversal(input: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
-    r"""Return the input, and reverse its gradient: :math:`y = x`, :math:`dx = -\lambda\,dy`.
+    r"""Return the input and reverse its gradient: :math:`y = x`, :math:`dx = -\lambda\,dy`.
 
-    Below a domain classifier it makes features that the classifier cannot tell apart. Source: Ganin et al.,
+    Placed before a domain classifier, it makes features that the classifier cannot tell apart. Source: Ganin et al.,
     "Domain-Adversarial Training of Neural Networks", arXiv 1505.07818.
 
     Args:
-        input: features of any shape; fp16, bf16, fp32 or fp64.
-        lambd: the coefficient, a number or a 0-dim tensor, read now and not in the backward. A tensor that changes
-            (a schedule) compiles once.
+        input: Features of any shape; fp16, bf16, fp32 or fp64.
+        lambd: Coefficient, a number or a 0-dim tensor. It is read now, not in the backward. A tensor that changes with
+            training compiles once.
 
     Returns:
-        A view of the input. An in-place operation directly on it raises where the input requires grad, since it would
-        bypass the reversal: autograd cannot replay it on the input. Use the out-of-place form.
+        A view of the input. An in-place operation on it raises where the input requires grad, since autograd cannot
+        replay it on the input and would bypass the reversal.
 
     Raises:
-        TypeError: input is no floating tensor, or lambd no number.
-        ValueError: lambd is no finite number or 0-dim tensor, or requires grad.
+        TypeError: The input is not a floating-point tensor, or ``lambd`` is not a number.
+        ValueError: ``lambd`` is not finite, not a 0-dim tensor, or requires grad.
+
+    Example:
+        >>> features, classifier = torch.randn(8, 32, requires_grad=True), torch.nn.Linear(32, 2)
+        >>> logits = classifier(gradient_reversal(features, 0.5))
+        >>> torch.nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).backward()
 
     """
     _checks.check_floating("input", input)
@@ -155,20 +159,25 @@ def gradient_reversal_linear(
 ) -> Tensor:
     r"""Linear layer on a reversed gradient: ``linear(gradient_reversal(input, lambd), weight, bias)``.
 
-    The factor is folded into the matrix product of the backward, :math:`dx = dy\,(-\lambda W)`: no pass over the
-    features is spent on it. The gradients of weight and bias are not reversed.
+    The factor is folded into the matrix product of the backward, :math:`dx = dy\,(-\lambda W)`: it costs no pass over
+    the features. The gradients of weight and bias are not reversed.
 
     Args:
-        input: features [..., in_features].
-        weight: [out_features, in_features].
-        bias: [out_features], or None.
-        lambd: the coefficient, as in :func:`gradient_reversal`.
+        input: Features [..., in_features].
+        weight: Weight [out_features, in_features].
+        bias: Bias [out_features], or None.
+        lambd: Coefficient; see :func:`gradient_reversal`.
 
     Returns:
-        [..., out_features].
+        The output, [..., out_features].
 
     Raises:
-        TypeError, ValueError: as :func:`gradient_reversal`, or the shapes do not fit.
+        TypeError, ValueError: See :func:`gradient_reversal`; or the shapes do not fit.
+
+    Example:
+        >>> features, classifier = torch.randn(8, 32, requires_grad=True), torch.nn.Linear(32, 2)
+        >>> logits = gradient_reversal_linear(features, classifier.weight, classifier.bias, 0.5)
+        >>> logits.sum().backward()
 
     """
     _checks.check_floating("input", input)

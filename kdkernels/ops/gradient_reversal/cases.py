@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.functional import gradient_reversal, gradient_reversal_linear
-from kdkernels.ops._cases import Case, Workload, draw, layouts, one_of
-
-WORKLOADS = ("gradient_reversal",)
+from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw, layouts, one_of, register
+from kdkernels.ops.gradient_reversal import PASSES, gradient_reversal, gradient_reversal_linear
 
 
 def eager_reversal(input: Tensor, lambd: float = 1.0) -> Tensor:
@@ -25,7 +23,7 @@ def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, lamb
 
 
 def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Yield the cases."""
+    """Yield the cases: every coefficient and layout."""
     generator = torch.Generator().manual_seed(0)
     normal = partial(draw, dtype=dtype, device=device, generator=generator)
     for lambd in (0.0, 1.0, 0.3, -2.0):
@@ -68,5 +66,31 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
 
     return Workload(
         "gradient_reversal", function, shape, dtype, variant, partial(gradient_reversal, lambd=0.3), usual, make,
-        {"cpu": (0, 2), "cuda": (0, 2)}, cotangents,
+        dict.fromkeys(("cpu", "cuda"), PASSES), cotangents,
     )  # fmt: skip
+
+
+def calls() -> list[Call]:
+    """Return small calls in float64."""
+    return [Call("reversal", partial(gradient_reversal, lambd=0.5), (torch.randn(4, 3, dtype=torch.float64),))]
+
+
+def _curved(input: Tensor) -> Tensor:
+    return gradient_reversal(input).sin()
+
+
+register(
+    __package__,
+    accuracy=cases,
+    calls=calls,
+    far_calls=(FarCall(_curved, (2, 300)),),
+    functions=("gradient_reversal",),
+    workload=workload,
+    benchmarks=(
+        Benchmark("gradient_reversal", (1024, 1024), quick=True),
+        Benchmark("gradient_reversal", (64, 256)),
+        Benchmark("gradient_reversal", (4096, 4096)),
+    ),
+    # One multiplication, which a compiler writes as well.
+    gpu_benchmarks=(Benchmark("gradient_reversal", (4096, 4096), goals={}),),
+)

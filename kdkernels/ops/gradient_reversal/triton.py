@@ -1,4 +1,4 @@
-"""Gradient reversal: its backward is one multiplication, R W; the forward is a view."""
+"""Gradient reversal: its backward is one multiplication; the forward is a view."""
 
 import torch
 import triton

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.functional import distillation_loss, js_div_with_logits, kl_div_with_logits
-from kdkernels.ops._cases import Case, Workload, draw, layouts, one_of
-from kdkernels.ops.softmax_divergence import SAVED_GRADIENT_BYTES
+from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw, layouts, one_of, register
+from kdkernels.ops.softmax_divergence import distillation_loss, js_div_with_logits, kl_div_with_logits
+from kdkernels.ops.softmax_divergence.saved import passes
 
 CLASSES = (1, 2, 3, 10, 19, 1000, 1001, 32000, 50257, 128256, 151936, 2**17 + 1)
 TEMPERATURES = (0.05, 0.5, 1.0, 4.0, 20.0)
 REDUCTIONS = ("mean", "none", "sum", "batchmean")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js")
-WORKLOADS = ("kl_div_with_logits", "js_div_with_logits", "distillation_loss")
 
 
 def eager_divergence(
@@ -190,14 +189,99 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
         positions = [size for i, size in enumerate(shape) if i != dim % len(shape)]
         return (*logits, torch.randint(0, shape[dim], positions, generator=generator, device=device))
 
-    # On a CPU the forward leaves the gradient where it is small: then the backward has nothing to do for a loss.
-    small = dtype.itemsize >= 4 and math.prod(shape) * dtype.itemsize <= SAVED_GRADIENT_BYTES
     return Workload(
         "softmax_divergence", function, shape, dtype, variant, ours, eager, make,
-        {"cpu": (3, 0) if small else (2, 3), "cuda": (2, 3)}, _scaled if dtype == torch.float16 else None,
+        {device: passes(device, shape, dtype) for device in ("cpu", "cuda")},
+        _scaled if dtype == torch.float16 else None,
     )  # fmt: skip
 
 
 def _scaled(losses: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The usual scale of a loss in fp16, without which its gradient is lost among the smallest numbers."""
     return tuple(torch.full_like(loss, 1024.0) for loss in losses)
+
+
+def calls() -> list[Call]:
+    """Return small calls in float64."""
+    s, t = (torch.randn(3, 7, dtype=torch.float64) for _ in range(2))
+    labels = torch.tensor([6, -100, 0])
+    maps = [torch.randn(2, 3, 2, 2, dtype=torch.float64).contiguous(memory_format=torch.channels_last) for _ in "st"]
+    both = (0, 1)
+    return [
+        Call("kl_div", partial(kl_div_with_logits, temperature=2.0), (s, t)),
+        Call("kl_div to both", partial(kl_div_with_logits, reduction="none"), (s, t), both),
+        Call("reverse_kl of maps", partial(kl_div_with_logits, dim=1, reverse=True), tuple(maps), both),
+        Call("js_div", partial(js_div_with_logits, beta=0.3, temperature=3.0), (s, t), both),
+        Call("js_div, legacy clamp", partial(js_div_with_logits, legacy_clamp=True), (s, t), both),
+        Call("distillation", distillation_loss, (s, t, labels)),
+        Call("distillation to both", partial(distillation_loss, temperature=1.5), (s, t), both),
+    ]
+
+
+def _two_labels(input: Tensor, target: Tensor) -> Tensor:
+    return distillation_loss(input, target, torch.tensor([1, 2], device=input.device))
+
+
+FAR_CALLS = (
+    FarCall(kl_div_with_logits, (3, 70), inputs=2),
+    FarCall(kl_div_with_logits, (3, 5), inputs=2),
+    FarCall(partial(kl_div_with_logits, dim=1), (2, 3, 2, 40), dim=1, inputs=2),
+    FarCall(_two_labels, (2, 1500), inputs=2),
+)
+BF16, FP16 = torch.bfloat16, torch.float16
+KL, JS, DISTILLATION = FUNCTIONS = ("kl_div_with_logits", "js_div_with_logits", "distillation_loss")
+# With two threads of a CPU, forward and backward, against the default mode of torch.compile.
+GOALS = {"faster than eager": 4.0, "faster than compile": 2.5}
+BENCHMARKS = (
+    *(Benchmark(function, shape, quick=True, compared=True, goals=GOALS)
+      for shape in ((256, 1000), (8192, 100), (64, 32000))
+      for function in (DISTILLATION, JS)),
+    Benchmark(KL, (8, 19, 128, 128), variant="dim=1", quick=True, compared=True,
+              goals={"faster than eager": 4.0, "faster than compile": 4.0}),
+    Benchmark(KL, (8, 19, 256, 256), variant="dim=1", quick=True, compared=True,
+              goals={"faster than eager": 6.0, "faster than compile": 2.5}),
+    Benchmark(DISTILLATION, (128, 100), quick=True),
+    Benchmark(KL, (256, 1000), BF16, quick=True),
+    # Overhead of a call
+    Benchmark(KL, (128, 100)),
+    Benchmark(JS, (128, 10)),
+    # CIFAR and ImageNet classifiers
+    Benchmark(KL, (256, 1000)),
+    Benchmark(KL, (8192, 100)),
+    *(Benchmark(function, (256, 1000), dtype) for function in (DISTILLATION, JS) for dtype in (BF16, FP16)),
+    # Cityscapes: 19 classes for every pixel
+    Benchmark(KL, (8, 19, 128, 128), BF16, "dim=1"),
+    *(Benchmark(function, (1, 19, 512, 1024), variant="dim=1") for function in FUNCTIONS),
+    # Language models
+    *(Benchmark(function, (256, classes), dtype)
+      for classes in (32000, 128256, 151936)
+      for function in FUNCTIONS
+      for dtype in (torch.float32, BF16)),
+)  # fmt: skip
+GPU_BENCHMARKS = (
+    Benchmark(KL, (8192, 32000)),
+    Benchmark(KL, (8192, 32000), BF16),
+    Benchmark(DISTILLATION, (128, 100)),
+    Benchmark(JS, (8192, 32000), BF16),
+    Benchmark(KL, (8, 19, 512, 1024), variant="dim=1"),
+    Benchmark(KL, (4096, 128256), BF16),
+    Benchmark(DISTILLATION, (8192, 32000), BF16),
+    Benchmark(JS, (8192, 32000)),
+    Benchmark(KL, (4096, 128256)),
+    Benchmark(KL, (8192, 4096)),
+    Benchmark(KL, (8192, 4096), BF16),
+    Benchmark(KL, (8, 19, 512, 1024), BF16, "dim=1"),
+    *(Benchmark(JS, shape, dtype) for dtype in (BF16, torch.float32) for shape in ((4096, 128256), (8192, 4096))),
+    *(Benchmark(KL, (128, 100), dtype) for dtype in (BF16, torch.float32)),
+    Benchmark(KL, (4096, 151936), BF16),
+)
+register(
+    __package__,
+    accuracy=cases,
+    calls=calls,
+    far_calls=FAR_CALLS,
+    functions=FUNCTIONS,
+    workload=workload,
+    benchmarks=BENCHMARKS,
+    gpu_benchmarks=GPU_BENCHMARKS,
+)

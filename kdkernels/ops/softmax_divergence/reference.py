@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.ops import _registry
-
-
-def compute_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    """Return float64 where either side is, else float32: 16-bit numbers are never computed with."""
-    return torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
+from kdkernels.ops._numerics import compute_dtype, laid_out_as
 
 
 def _kl_div(log_weight: Tensor, log_other: Tensor, dim: int) -> Tensor:
@@ -205,7 +201,7 @@ def forward(
         return loss, loss.new_empty(0)
     ones = torch.ones_like(loss)
     gradient, _ = gradients(ones, input, target, labels, scalars, dim, divergence, reduction, ignore_index)
-    return loss, _laid_out(gradient, input)
+    return loss, laid_out_as(input, gradient)
 
 
 def gradients(
@@ -234,10 +230,6 @@ def gradients(
     return (student * scale).to(input.dtype), (teacher * scale).to(target.dtype)
 
 
-def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(like).copy_(gradient)
-
-
 def backward(
     grad_output: Tensor,
     statistics: Tensor | None,
@@ -259,6 +251,6 @@ def backward(
     scalars = (temperature, divergence_weight, label_weight, beta)
     student, teacher = gradients(grad_output, input, target, labels, scalars, dim, divergence, reduction, ignore_index)
     return (
-        _laid_out(student, input) if input_gradient else input.new_empty(0),
-        _laid_out(teacher, target) if target_gradient else target.new_empty(0),
+        laid_out_as(input, student) if input_gradient else input.new_empty(0),
+        laid_out_as(target, teacher) if target_gradient else target.new_empty(0),
     )

@@ -1,9 +1,4 @@
-"""Softmax divergences: what the launches of their kernels need to know.
-
-Passes over memory (R a read, W a write of a tensor of logits): forward R R, where the classes of a position fit in a
-tile, else R R and R R again from a cache that holds them; backward R R W, and as much as a forward before it where
-that saved no statistics.
-"""
+"""Softmax divergences: what the launches of their kernels need to know."""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +7,11 @@ import torch
 import triton
 from torch import Tensor
 
+from kdkernels.ops._numerics import compute_dtype
 from kdkernels.ops._triton_launch import argument, bits_of, device_of, is_zero, known_to_host, power_of_two
-from kdkernels.ops.softmax_divergence import reference, statistics_shape
+from kdkernels.ops.softmax_divergence import reference
 from kdkernels.ops.softmax_divergence import triton_kernels as kernels
+from kdkernels.ops.softmax_divergence.saved import statistics_shape
 
 Strides = tuple[int, int, int, int]  # of the classes, then of the positions from inner to outer
 
@@ -175,7 +172,7 @@ def softmax_divergence(
         labels, temperature, divergence_weight, label_weight, beta, dim, divergence, reduction, ignore_index
     )
     shape = input.shape[:dim] + input.shape[dim + 1 :]
-    dtype = reference.compute_dtype(input, target)
+    dtype = compute_dtype(input, target)
     loss = input.new_empty(shape if reduction == "none" else (), dtype=dtype)
     positions = math.prod(shape)
     saved = loss.new_empty(statistics_shape(positions) if save == "statistics" else 0)
@@ -225,7 +222,7 @@ def softmax_divergence_backward(
         outputs = (torch.empty_like(input), torch.empty_like(target))
         layout = _contiguous_layout(dim, input, target, *outputs)
     if statistics is None:
-        dtype = reference.compute_dtype(input, target)
+        dtype = compute_dtype(input, target)
         statistics = input.new_empty(statistics_shape(layout.positions), dtype=dtype)
         _launch_forward(statistics, "none", statistics, input, target, layout, options)
     numbers = SMALL_TILE >> (statistics.dtype == torch.float64)

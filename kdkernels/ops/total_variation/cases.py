@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.functional import image_prior_losses, total_variation
-from kdkernels.ops._cases import Case, Workload, draw, layouts, one_of
+from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw, layouts, one_of, register
+from kdkernels.ops.total_variation import PASSES, image_prior_losses, total_variation
 
 SHAPES = ((2, 3, 5, 7), (1, 1, 1, 1), (2, 3, 1, 9), (2, 1, 9, 1), (3, 3, 40, 37), (2, 5, 17, 16), (1, 2, 3, 200))
 NORMS = (("l1", 1), ("l1", 2), ("l1", 4), ("l2", 2), ("l2", 4), ("l2_squared", 2), ("l2_squared", 4), ("isotropic", 2))
 REDUCTIONS = ("none", "mean", "sum")
-WORKLOADS = ("image_prior_losses", "total_variation")
 
 
 def _differences(x: Tensor) -> tuple[Tensor, ...]:
@@ -25,28 +24,28 @@ def _differences(x: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def eager_priors(img: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def eager_priors(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three image priors as users write them."""
-    d = [k for k in _differences(img) if k.numel()]
-    zero = img.new_zeros(()) * img.sum()
+    d = [k for k in _differences(input) if k.numel()]
+    zero = input.new_zeros(()) * input.sum()
     tv_l1 = sum((k.abs().mean() for k in d), zero)
     tv_l2 = sum((k.norm() for k in d), zero)
-    return tv_l1, tv_l2, img.flatten(1).norm(dim=1).mean()
+    return tv_l1, tv_l2, input.flatten(1).norm(dim=1).mean()
 
 
 def eager_variation(
-    img: Tensor, reduction: str = "sum", norm_type: str = "l1", directions: int = 2, eps: float = 0.0
+    input: Tensor, reduction: str = "sum", norm_type: str = "l1", directions: int = 2, eps: float = 0.0
 ) -> Tensor:
     """Return the total variation as users write it."""
     if norm_type == "isotropic":
         pad = torch.nn.functional.pad
-        right, down = _differences(img)[:2]
+        right, down = _differences(input)[:2]
         squares = pad(right, (0, 1)) ** 2 + pad(down, (0, 0, 0, 1)) ** 2 + eps
         mask = torch.ones_like(squares)
         mask[..., -1, -1] = 0
         values = (squares * mask).clamp(min=1e-30).sqrt().mul(mask).sum((1, 2, 3))
     else:
-        terms = [k.abs() if norm_type == "l1" else k**2 for k in _differences(img)[:directions]]
+        terms = [k.abs() if norm_type == "l1" else k**2 for k in _differences(input)[:directions]]
         if reduction == "mean" and norm_type != "l2":
             return torch.stack([k.mean() if k.numel() else k.sum() for k in terms]).sum()
         values = torch.stack([k.sum((1, 2, 3)) for k in terms]).sum(0)
@@ -95,10 +94,62 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
     def weights(losses: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(loss.new_tensor(weight) for loss, weight in zip(losses, (1.0, 1e-2, 1e-2), strict=True))
 
-    passes = {"cpu": (1, 2), "cuda": (1, 2)}
+    passes = dict.fromkeys(("cpu", "cuda"), PASSES)
     if function == "total_variation":
         ours, eager = partial(total_variation, reduction="sum"), partial(eager_variation, reduction="sum")
         return Workload("total_variation", function, shape, dtype, variant, ours, eager, make, passes)
     return Workload(
         "total_variation", function, shape, dtype, variant, image_prior_losses, eager_priors, make, passes, weights
     )
+
+
+def calls() -> list[Call]:
+    """Return small calls in float64."""
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    last = x.contiguous(memory_format=torch.channels_last)
+    calls = [
+        Call("priors", image_prior_losses, (x,)),
+        Call("priors, channels_last", image_prior_losses, (last,)),
+        Call("one image", partial(total_variation, reduction="none"), (x[0],)),
+    ]
+    for i, (norm_type, directions) in enumerate(NORMS):
+        options: dict[str, Any] = {"norm_type": norm_type, "directions": directions, "reduction": REDUCTIONS[i % 3]}
+        options["eps"] = 0.1 if norm_type == "isotropic" else 0.0
+        calls.append(Call(f"{norm_type}, {directions}", partial(total_variation, **options), ((x, last)[i % 2],)))
+    return calls
+
+
+BF16 = torch.bfloat16
+PRIORS, VARIATION = "image_prior_losses", "total_variation"
+
+
+def _tv_l1(images: Tensor) -> Tensor:
+    return image_prior_losses(images)[0]
+
+
+register(
+    __package__,
+    accuracy=cases,
+    calls=calls,
+    far_calls=(FarCall(_tv_l1, (2, 3, 9, 20)), FarCall(total_variation, (2, 3, 9, 20), dim=2)),
+    functions=(PRIORS, VARIATION),
+    workload=workload,
+    # Goals with two threads of a CPU, forward and backward, against the default mode of torch.compile.
+    benchmarks=(
+        Benchmark(PRIORS, (64, 3, 128, 128), quick=True, compared=True,
+                  goals={"faster than eager": 25.0, "faster than compile": 4.0}),
+        Benchmark(PRIORS, (64, 3, 224, 224), quick=True, compared=True,
+                  goals={"faster than eager": 35.0, "faster than compile": 2.0}),
+        Benchmark(VARIATION, (64, 3, 128, 128), quick=True),
+        Benchmark(PRIORS, (16, 3, 32, 32)),
+        Benchmark(PRIORS, (256, 3, 32, 32)),
+        Benchmark(PRIORS, (64, 3, 224, 224), BF16),
+        Benchmark(VARIATION, (64, 3, 224, 224)),
+    ),
+    gpu_benchmarks=(
+        Benchmark(PRIORS, (84, 3, 224, 224)),
+        Benchmark(PRIORS, (448, 3, 224, 224)),
+        Benchmark(VARIATION, (84, 3, 224, 224)),
+        Benchmark(PRIORS, (256, 3, 32, 32)),
+    ),
+)  # fmt: skip

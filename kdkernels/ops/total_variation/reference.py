@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def compute_dtype(image: Tensor) -> torch.dtype:
-    """Return float64 for float64, else float32: 16-bit numbers are never computed with."""
-    return torch.float64 if image.dtype == torch.float64 else torch.float32
+from kdkernels.ops._numerics import compute_dtype, inverse, laid_out_as, root
 
 
 def differences(x: Tensor, directions: int) -> list[Tensor]:
@@ -17,17 +14,6 @@ def differences(x: Tensor, directions: int) -> list[Tensor]:
         x[..., 1:, :-1] - x[..., :-1, 1:],
         x[..., :-1, :-1] - x[..., 1:, 1:],
     ][:directions]
-
-
-def _root(x: Tensor) -> Tensor:
-    """Return the square root, with gradient 0 at 0."""
-    zero = x == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
-
-
-def _inverse(x: Tensor) -> Tensor:
-    """Return 1 / x, 0 at 0."""
-    return torch.where(x == 0, 0.0, 1 / torch.where(x == 0, 1.0, x))
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -49,13 +35,9 @@ def _scatter(slopes: list[Tensor], like: Tensor) -> Tensor:
     return total
 
 
-def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(like).copy_(gradient)
-
-
-def image_prior_losses(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return TV_l1, TV_l2, L2, and the norms: of the four differences over the batch, then of each image."""
-    x = image.to(compute_dtype(image))
+def image_prior_losses(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return TV_l1, TV_l2, L2, and the norms: of the four differences over the batch, then of each input."""
+    x = input.to(compute_dtype(input))
     d = differences(x, 4)
     difference_norms = torch.stack([k.square().sum().sqrt() for k in d])
     image_norms = x.flatten(1).square().sum(1).sqrt()
@@ -64,30 +46,30 @@ def image_prior_losses(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def image_prior_gradient(
-    grad_l1: Tensor | None, grad_l2: Tensor | None, grad_norm: Tensor | None, image: Tensor
+    grad_l1: Tensor | None, grad_l2: Tensor | None, grad_norm: Tensor | None, input: Tensor
 ) -> Tensor:
     """Return the gradient of the image priors as a differentiable expression."""
-    x = image.to(compute_dtype(image))
+    x = input.to(compute_dtype(input))
     slopes = []
     for d in differences(x, 4):
         slope = torch.zeros_like(d)
         if grad_l1 is not None:
             slope = slope + grad_l1 * d.sign() / max(d.numel(), 1)
         if grad_l2 is not None:
-            slope = slope + grad_l2 * d * _inverse(_root(d.square().sum()))
+            slope = slope + grad_l2 * d * inverse(root(d.square().sum()))
         slopes.append(slope)
     gradient = _scatter(slopes, x)
     if grad_norm is not None:
-        norms = _root(x.flatten(1).square().sum(1)).view(-1, 1, 1, 1)
-        gradient = gradient + grad_norm * x * _inverse(norms) / max(len(x), 1)
-    return gradient.to(image.dtype)
+        norms = root(x.flatten(1).square().sum(1)).view(-1, 1, 1, 1)
+        gradient = gradient + grad_norm * x * inverse(norms) / max(len(x), 1)
+    return gradient.to(input.dtype)
 
 
 def image_prior_losses_backward(
-    grad_l1: Tensor | None, grad_l2: Tensor | None, grad_norm: Tensor | None, image: Tensor, norms: Tensor
+    grad_l1: Tensor | None, grad_l2: Tensor | None, grad_norm: Tensor | None, input: Tensor, norms: Tensor
 ) -> Tensor:
-    """Return :func:`image_prior_gradient`, laid out as the image."""
-    return _laid_out(image_prior_gradient(grad_l1, grad_l2, grad_norm, image), image)
+    """Return :func:`image_prior_gradient`, laid out as the input."""
+    return laid_out_as(input, image_prior_gradient(grad_l1, grad_l2, grad_norm, input))
 
 
 def _isotropic(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +80,7 @@ def _isotropic(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     has_neighbour = torch.ones_like(x)
     if x.numel():
         has_neighbour[..., -1, -1] = 0
-    return dx, dy, _root((dx.square() + dy.square() + eps) * has_neighbour)
+    return dx, dy, root((dx.square() + dy.square() + eps) * has_neighbour)
 
 
 def _averages_images(norm_type: str, reduction: str) -> bool:
@@ -106,10 +88,10 @@ def _averages_images(norm_type: str, reduction: str) -> bool:
 
 
 def total_variation(
-    image: Tensor, norm_type: str, directions: int, eps: float, reduction: str
+    input: Tensor, norm_type: str, directions: int, eps: float, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, and for the l2 norm the norm of each image."""
-    x = image.to(compute_dtype(image))
+    """Return the loss, and for the l2 norm the norm of each input."""
+    x = input.to(compute_dtype(input))
     if norm_type == "isotropic":
         values = _isotropic(x, eps)[2].sum((1, 2, 3))
     else:
@@ -126,31 +108,31 @@ def total_variation(
 
 
 def total_variation_gradient(
-    grad_output: Tensor, image: Tensor, norm_type: str, directions: int, eps: float, reduction: str
+    grad_output: Tensor, input: Tensor, norm_type: str, directions: int, eps: float, reduction: str
 ) -> Tensor:
     """Return the gradient of the total variation as a differentiable expression."""
-    x = image.to(compute_dtype(image))
+    x = input.to(compute_dtype(input))
     scale = grad_output.view(-1, 1, 1, 1) if reduction == "none" else grad_output
     if _averages_images(norm_type, reduction):
         scale = scale / max(len(x), 1)
     if norm_type == "isotropic":
         dx, dy, length = _isotropic(x, eps)
-        inverse = _inverse(length)
-        slopes = [(dx * inverse)[..., :, :-1], (dy * inverse)[..., :-1, :]]
-        return (scale * _scatter(slopes, x)).to(image.dtype)
+        by_length = inverse(length)
+        slopes = [(dx * by_length)[..., :, :-1], (dy * by_length)[..., :-1, :]]
+        return (scale * _scatter(slopes, x)).to(input.dtype)
     d = differences(x, directions)
     if norm_type == "l2":
-        norms = _root(sum((k.square().sum((1, 2, 3)) for k in d), x.new_zeros(len(x)))).view(-1, 1, 1, 1)
-        slopes = [k * _inverse(norms) for k in d]
+        norms = root(sum((k.square().sum((1, 2, 3)) for k in d), x.new_zeros(len(x)))).view(-1, 1, 1, 1)
+        slopes = [k * inverse(norms) for k in d]
     else:
         slopes = [k.sign() if norm_type == "l1" else 2 * k for k in d]
         if reduction == "mean":
             slopes = [k / max(k.numel(), 1) for k in slopes]
-    return (scale * _scatter(slopes, x)).to(image.dtype)
+    return (scale * _scatter(slopes, x)).to(input.dtype)
 
 
 def total_variation_backward(
-    grad_output: Tensor, image: Tensor, norms: Tensor, norm_type: str, directions: int, eps: float, reduction: str
+    grad_output: Tensor, input: Tensor, norms: Tensor, norm_type: str, directions: int, eps: float, reduction: str
 ) -> Tensor:
-    """Return :func:`total_variation_gradient`, laid out as the image."""
-    return _laid_out(total_variation_gradient(grad_output, image, norm_type, directions, eps, reduction), image)
+    """Return :func:`total_variation_gradient`, laid out as the input."""
+    return laid_out_as(input, total_variation_gradient(grad_output, input, norm_type, directions, eps, reduction))

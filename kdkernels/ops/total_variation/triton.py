@@ -1,8 +1,4 @@
-"""Total variation, and the image priors of DeepInversion.
-
-Passes over memory (R a read, W a write of the images): forward R, all sums at once; backward R W. A pixel's neighbours
-come from the cache.
-"""
+"""Total variation, and the image priors of DeepInversion."""
 
 from dataclasses import dataclass
 
@@ -10,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from kdkernels.ops._numerics import compute_dtype
 from kdkernels.ops._triton_launch import bits_of, device_of, power_of_two
-from kdkernels.ops.total_variation import reference
 from kdkernels.ops.total_variation import triton_kernels as kernels
 
 TILE = 2048
@@ -95,15 +91,15 @@ def _sums(
     return result
 
 
-def image_prior_losses(img: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def image_prior_losses(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return TV_l1, TV_l2, L2, and the norms: of the four differences over the batch, then of each image."""
-    dtype = reference.compute_dtype(img)
-    tv_l1, tv_l2, l2 = (img.new_empty((), dtype=dtype) for _ in range(3))
-    norms = img.new_empty(4 + img.shape[0], dtype=dtype)
-    if img.numel() == 0:
+    dtype = compute_dtype(input)
+    tv_l1, tv_l2, l2 = (input.new_empty((), dtype=dtype) for _ in range(3))
+    norms = input.new_empty(4 + input.shape[0], dtype=dtype)
+    if input.numel() == 0:
         return tv_l1.zero_(), tv_l2.zero_(), l2.zero_(), norms.zero_()
-    image, images = _readable(img)
-    with device_of(img):
+    image, images = _readable(input)
+    with device_of(input):
         sums = _sums(image, images, "priors", 4)
         kernels.priors_kernel[(1,)](
             tv_l1, tv_l2, l2, norms, sums, *images.arguments()[:4], BLOCK=256, num_warps=4
@@ -111,19 +107,21 @@ def image_prior_losses(img: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tv_l1, tv_l2, l2, norms
 
 
-def total_variation(img: Tensor, norm_type: str, directions: int, eps: float, reduction: str) -> tuple[Tensor, Tensor]:
+def total_variation(
+    input: Tensor, norm_type: str, directions: int, eps: float, reduction: str
+) -> tuple[Tensor, Tensor]:
     """Return the loss, and for the l2 norm the norm of each image."""
-    dtype = reference.compute_dtype(img)
-    loss = img.new_empty((img.shape[0],) if reduction == "none" else (), dtype=dtype)
-    norms = img.new_empty(img.shape[0] if norm_type == "l2" else 0, dtype=dtype)
-    if img.numel() == 0:
+    dtype = compute_dtype(input)
+    loss = input.new_empty((input.shape[0],) if reduction == "none" else (), dtype=dtype)
+    norms = input.new_empty(input.shape[0] if norm_type == "l2" else 0, dtype=dtype)
+    if input.numel() == 0:
         return loss.zero_(), norms.zero_()
-    image, images = _readable(img)
+    image, images = _readable(input)
     averages_images = reduction == "mean" and norm_type in ("l2", "isotropic")
-    with device_of(img):
+    with device_of(input):
         sums = _sums(image, images, norm_type, directions, eps, reduction == "mean" and not averages_images)
         kernels.variation_kernel[(1,)](
-            loss, norms if norm_type == "l2" else None, sums, img.shape[0], img.shape[0] if averages_images else 1,
+            loss, norms if norm_type == "l2" else None, sums, input.shape[0], input.shape[0] if averages_images else 1,
             ROOT=norm_type == "l2", BY_IMAGE=reduction == "none", BLOCK=256, num_warps=4,
         )  # fmt: skip
     return loss, norms
@@ -156,14 +154,14 @@ def _launch_gradient(
 
 
 def image_prior_losses_backward(
-    grad_l1: Tensor | None, grad_l2: Tensor | None, grad_norm: Tensor | None, img: Tensor, norms: Tensor
+    grad_l1: Tensor | None, grad_l2: Tensor | None, grad_norm: Tensor | None, input: Tensor, norms: Tensor
 ) -> Tensor:
     """Return the gradient of the image priors."""
-    return _launch_gradient(img, (grad_l1, grad_l2, grad_norm), norms, "priors", 4, 0.0, "sum")
+    return _launch_gradient(input, (grad_l1, grad_l2, grad_norm), norms, "priors", 4, 0.0, "sum")
 
 
 def total_variation_backward(
-    grad_output: Tensor, img: Tensor, norms: Tensor, norm_type: str, directions: int, eps: float, reduction: str
+    grad_output: Tensor, input: Tensor, norms: Tensor, norm_type: str, directions: int, eps: float, reduction: str
 ) -> Tensor:
     """Return the gradient of the total variation."""
-    return _launch_gradient(img, (grad_output, None, None), norms, norm_type, directions, eps, reduction)
+    return _launch_gradient(input, (grad_output, None, None), norms, norm_type, directions, eps, reduction)

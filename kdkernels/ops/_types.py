@@ -1,0 +1,7 @@
+"""The words that options accept, for annotations."""
+
+from typing import Literal
+
+Reduction = Literal["none", "mean", "sum", "batchmean"]
+Mode = Literal["l2", "squared", "gaussian_kl"]
+Moment = Literal["var", "std"]

@@ -1,0 +1,59 @@
+"""Checks of the arguments of the softmax divergences: what can be seen without reading a tensor's values."""
+
+from torch import Tensor, int64
+
+from kdkernels.ops._checks import check_choice, check_floating, check_same_device, check_same_shape
+
+REDUCTIONS = ("none", "mean", "sum", "batchmean")
+
+
+def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int | None, reduction: str) -> int:
+    """Check what can be seen without reading values; return the class dimension, counted from the front."""
+    check_floating("input", input)
+    check_floating("target", target)
+    check_same_shape("input", input, "target", target)
+    check_same_device("input", input, "target", target)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if input.dim() == 0:
+        raise ValueError("input has no dimensions; expected one for the classes at least")
+    if dim is None:
+        if input.dim() > 2:
+            raise ValueError(
+                f"dim is required for logits of more than 2 dimensions, here {tuple(input.shape)}: "
+                "dim=1 for [B, C, H, W], dim=-1 for [B, T, C]"
+            )
+        dim = -1
+    if not -input.dim() <= dim < input.dim():
+        raise ValueError(f"dim is {dim}; expected a dimension of the {input.dim()}-dimensional input")
+    dim %= input.dim()
+    if input.shape[dim] == 0:
+        raise ValueError(f"input has 0 classes: shape {tuple(input.shape)}, dim={dim}")
+    if reduction == "batchmean" and dim == 0 and input.dim() > 1:
+        raise ValueError("reduction='batchmean' divides by the size of dimension 0, which holds the classes (dim=0)")
+    if labels is not None:
+        positions = input.shape[:dim] + input.shape[dim + 1 :]
+        if not isinstance(labels, Tensor) or labels.dtype != int64:
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels must be a tensor of class indices, torch.int64, got {got}")
+        if labels.shape != positions:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; expected {tuple(positions)}, input's shape without dim {dim}"
+            )
+        check_same_device("input", input, "labels", labels)
+    return dim
+
+
+def check_weights(
+    labels: Tensor | None, kd_weight: float | Tensor | None, ce_weight: float | Tensor | None
+) -> tuple[float | Tensor, float | Tensor]:
+    """Return the weights of the divergence and of the cross-entropy, with their defaults."""
+    if labels is None:
+        if ce_weight is not None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
+            raise ValueError(f"ce_weight is {ce_weight!r}, but there are no labels; pass labels or leave it out")
+        return 1.0 if kd_weight is None else kd_weight, 0.0
+    if kd_weight is None and ce_weight is None:
+        return 0.9, 0.1
+    if kd_weight is None or ce_weight is None:
+        given = "ce_weight" if kd_weight is None else "kd_weight"
+        raise ValueError(f"{given} alone was given; with labels give both kd_weight and ce_weight, or neither")
+    return kd_weight, ce_weight
