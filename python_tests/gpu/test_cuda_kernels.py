@@ -1,7 +1,8 @@
 """The CUDA kernels and their bindings, executed on the CPU by an emulator: see cuda_host/.
 
-The contract of every op runs in processes in which csrc/cuda, compiled for the emulator, stands in for the CPU kernels:
-over all cases, and under race detection and undefined-behavior checks with schedules that favour different warps.
+The tests of every op run in processes in which the CUDA half of csrc, compiled for the emulator, stands in for the CPU
+kernels: over the core grid, and in the exhaustive run over all cases, then under race detection and checks of undefined
+behavior with schedules that favour different warps.
 """
 
 import os
@@ -9,11 +10,15 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pytest
-from contract import KERNELS, TARGET
+from contract import KERNELS, ROOT, TARGET
 from cuda_host import missing
+
+from kdkernels.ops._cases import DTYPES, registry
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,49 +31,86 @@ CONTRACT = (
     "equals_reference or inputs_are_not_written or order_of_work or second_backward or no_grad or incoming_gradients "
     "or gradcheck or gradgradcheck or edges or empty or no_channels or nan or inf or huge or strides"
 )
-# variant of the emulator, file, which of its tests, the least number of them
-RUNS = [
-    ("plain", "test_softmax_divergence.py", CONTRACT, 700),
-    # Labels are not read by the host here, and cannot raise.
-    ("plain", "test_softmax_divergence_edges.py", "not wrong_calls and not out_of_range and not compile", 40),
-    ("plain", "test_batch_norm_stats.py", CONTRACT, 400),
-    ("plain", "test_total_variation.py", CONTRACT, 600),
-    ("plain", "test_gradient_reversal.py", CONTRACT, 100),
-    ("plain", "emulated_edges.py", "", 300),
-    *(
-        (variant, file, "order_of_work or (equals_reference and float32)", least)
-        for variant in ("race", "undefined")
-        for file, least in (
-            ("test_softmax_divergence.py", 280),
-            ("test_batch_norm_stats.py", 160),
-            ("test_total_variation.py", 200),
-            ("test_gradient_reversal.py", 40),
-        )
-    ),
-    ("undefined", "emulated_edges.py", "", 300),
-]
+CHECKED = "order_of_work or (equals_reference and float32)"
+# Labels are not read by the host here, and cannot raise.
+BESIDE_THE_CONTRACT = "not wrong_calls and not out_of_range and not compile"
 
 
-def run(variant, file, keyword, _least):
-    emulated = {"KDKERNELS_TEST_TARGET": "emulated", "KDKERNELS_TEST_VARIANT": variant, "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **emulated}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", keyword, "-p", "no:cacheprovider"]
-    command.append(str(HERE if file == "emulated_edges.py" else HERE.parent / "ops") + "/" + file)
-    return subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
+@dataclass(frozen=True)
+class Run:
+    """A file of tests in a process of its own: a build of the emulator, a grid, and the least number of tests."""
+
+    variant: str
+    file: Path
+    keyword: str
+    least: int
+    grid: str = "full"
+
+    def __str__(self):
+        return f"{self.variant}, {self.file.name}"
+
+    def passed(self):
+        """Run the tests; return how many passed."""
+        environment = {**os.environ, "KDKERNELS_TEST_TARGET": "emulated", "KDKERNELS_TEST_VARIANT": self.variant}
+        environment |= {"OMP_NUM_THREADS": "1", "KDKERNELS_TEST_GRID": self.grid}
+        options = ["-q", "-m", "not slow", "-k", self.keyword, "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command = [sys.executable, "-m", "pytest", *options, str(self.file)]
+        result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+        return int(re.search(r"(\d+) passed", result.stdout).group(1))
+
+
+def count(op, dtypes=DTYPES):
+    return sum(1 for dtype in dtypes for _ in registry()[op].accuracy(dtype, "cpu"))
+
+
+def core_count(op):
+    grids = (islice(registry()[op].accuracy(dtype, "cpu"), first, None, 5) for first, dtype in enumerate(DTYPES))
+    return sum(1 for grid in grids for _ in grid)
+
+
+def runs():
+    """Yield the runs over every op with CUDA kernels; the first of each build compiles it."""
+    ops = [op for op in registry() if (ROOT / "csrc" / op / "cuda.cpp").is_file()]
+    tests = HERE.parent / "ops"
+    for op in ops:
+        yield Run("plain", tests / f"test_{op}.py", CONTRACT, 3 * count(op))
+        for file in sorted(tests.glob(f"test_{op}_*.py")):
+            yield Run("plain", file, BESIDE_THE_CONTRACT, 1)
+        for variant in ("race", "undefined"):
+            yield Run(variant, tests / f"test_{op}.py", CHECKED, count(op) + count(op, DTYPES[:1]))
+    cases = sum(map(count, ops))
+    for variant in ("plain", "undefined"):
+        yield Run(variant, HERE / "emulated_edges.py", "", cases)
+
+
+def core_runs():
+    for op in registry():
+        if (ROOT / "csrc" / op / "cuda.cpp").is_file():
+            yield Run("plain", HERE.parent / f"ops/test_{op}.py", "equals_reference", core_count(op), "core")
+
+
+def outcomes(several):
+    """Return the futures of all runs, one on each processor at a time; a build is compiled before two need it."""
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    return {run: pool.submit(run.passed) for run in several}
 
 
 @pytest.fixture(scope="module")
 def results():
-    """All runs, one on each processor at a time. The first of each variant compiles."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        ordered = sorted(RUNS, key=lambda r: r[1] != "test_gradient_reversal.py")
-        return dict(zip(ordered, pool.map(lambda arguments: run(*arguments), ordered), strict=True))
+    ordered = sorted(runs(), key=lambda run: run.least)
+    ordered.sort(key=lambda run: run.file.name != ordered[0].file.name)
+    return outcomes(ordered)
 
 
-@pytest.mark.parametrize("arguments", RUNS, ids=lambda r: f"{r[0]}, {r[1]}")
-def test_emulated(results, arguments):
-    result = results[arguments]
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed, result.stdout[-1000:]
-    assert int(passed.group(1)) >= arguments[3]
+@pytest.mark.xdist_group("emulator")
+@pytest.mark.parametrize("run", list(core_runs()), ids=str)
+def test_core_grid(run):
+    assert run.passed() >= run.least
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("emulator")
+@pytest.mark.parametrize("run", list(runs()), ids=str)
+def test_emulated(results, run):
+    assert results[run].result() >= run.least
