@@ -1,4 +1,4 @@
-"""Modules of the functions in :mod:`kdkernels.functional`; ``repr`` shows what they compute."""
+"""Modules of the functions in :mod:`kdkernels.functional`; their ``repr`` shows what they compute."""
 
 from typing import Literal
 
@@ -48,7 +48,7 @@ class KLDivWithLogitsLoss(Module):
         )
 
     def extra_repr(self) -> str:
-        """Say which divergence it is."""
+        """Show which divergence it is."""
         direction = "KL(student || teacher)" if self.reverse else "KL(teacher || student)"
         return f"{direction}, temperature={self.temperature}{_dim(self.dim)}, reduction={self.reduction!r}"
 
@@ -85,7 +85,7 @@ class JSDivWithLogitsLoss(Module):
         )
 
     def extra_repr(self) -> str:
-        """Say which divergence it is."""
+        """Show which divergence it is."""
         form = "clamped, reversed J" if self.legacy_clamp else f"JS, beta={self.beta}"
         return f"{form}, temperature={self.temperature}{_dim(self.dim)}, reduction={self.reduction!r}"
 
@@ -136,7 +136,7 @@ class DistillationLoss(Module):
         )
 
     def extra_repr(self) -> str:
-        """Say which loss it is."""
+        """Show which loss it is."""
         name = {
             "forward_kl": "KL(teacher || student)",
             "reverse_kl": "KL(student || teacher)",
@@ -175,7 +175,7 @@ class BatchNormStatLoss(Module):
         )
 
     def extra_repr(self) -> str:
-        """Say which distance it is."""
+        """Show which distance it is."""
         spread = {"var": "var", "std": "std"}[self.moment]
         formula = {
             "l2": f"||mean - running_mean|| + ||{spread} - running_{spread}||",
@@ -209,7 +209,7 @@ class TotalVariationLoss(Module):
         )
 
     def extra_repr(self) -> str:
-        """Say which total variation it is."""
+        """Show which total variation it is."""
         formula = {
             "l1": "sum |d|",
             "l2": "sqrt(sum d^2)",
@@ -229,13 +229,13 @@ class ImagePriorLoss(Module):
         self.l2 = l2
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the weighted image priors; a term of weight 0 takes no part."""
+        """Return the weighted image priors; a term of weight 0 is left out."""
         terms = zip((self.tv_l1, self.tv_l2, self.l2), functional.image_prior_losses(input), strict=True)
         weighted = [weight * term for weight, term in terms if weight != 0]
         return torch.stack(weighted).sum() if weighted else input.sum() * 0.0
 
     def extra_repr(self) -> str:
-        """Say what is weighted how."""
+        """Show the weight of each term."""
         return f"{self.tv_l1} * TV_l1 + {self.tv_l2} * TV_l2 + {self.l2} * L2"
 
 
@@ -253,7 +253,7 @@ class GradientReversal(Module):
         return functional.gradient_reversal(input, self.lambd)
 
     def extra_repr(self) -> str:
-        """Say what the gradient is multiplied by."""
+        """Show what the gradient is multiplied by."""
         return f"backward: -{float(self.lambd):g} * grad"
 
 
@@ -289,11 +289,11 @@ class WarmStartGradientReversal(Module):
         return functional.gradient_reversal(input, self.lambd)
 
     def step(self) -> None:
-        """Go on by one training step."""
+        """Advance by one training step."""
         self.iteration += 1
 
     def extra_repr(self) -> str:
-        """Say how the coefficient grows."""
+        """Show how the coefficient grows."""
         return f"lambda from {self.lo} to {self.hi}, gamma={self.gamma}, max_iters={self.max_iters}"
 
 
@@ -315,7 +315,7 @@ class GradientReversalLinear(Linear):
         return functional.gradient_reversal_linear(input, self.weight, self.bias, self.lambd)
 
     def extra_repr(self) -> str:
-        """Say what the gradient is multiplied by."""
+        """Show what the gradient is multiplied by."""
         return f"{super().extra_repr()}, backward: -{float(self.lambd):g} * grad"
 
 

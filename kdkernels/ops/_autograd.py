@@ -1,4 +1,4 @@
-"""Second derivatives by way of the reference: a backward op is differentiated through its PyTorch form."""
+"""Second derivatives through the reference: a backward op is differentiated in its PyTorch form."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,10 +12,10 @@ def pull_back(
     """Return the cotangents of a gradient's arguments, None for those that were not given.
 
     Args:
-        gradient: called with the optional arguments, None where they are, and the required one.
-        optional: incoming gradients, some of which may be None.
-        required: the tensor whose gradient it is.
-        cotangent: of the result.
+        gradient: Takes the optional arguments, None where they were not given, and the required one.
+        optional: Incoming gradients, some of which may be None.
+        required: The tensor by which the gradient is taken.
+        cotangent: Cotangent of the result.
 
     """
     given = [tensor for tensor in optional if tensor is not None]

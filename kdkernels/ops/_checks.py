@@ -45,12 +45,12 @@ def check_scalar(
     """Raise unless the argument is a number or a 0-dim tensor on the CPU or beside another tensor.
 
     Args:
-        name: of the argument.
-        value: what was given. Values of tensors that cannot be read here are checked by the CPU kernels.
-        like: the tensor that it is used with.
-        minimum: the smallest accepted number; 0 with ``maximum=inf`` means positive.
-        maximum: the largest accepted number; infinity and NaN are not accepted.
-        grad: whether the function computes a gradient for it.
+        name: Name of the argument.
+        value: What was given. A tensor whose value cannot be read here is checked by the CPU kernel.
+        like: The tensor that it is used with.
+        minimum: Smallest accepted number; 0 with ``maximum=inf`` means positive.
+        maximum: Largest accepted number. Infinity and NaN are not accepted.
+        grad: Whether the function computes a gradient for it.
 
     """
     if isinstance(value, Tensor):
@@ -88,7 +88,7 @@ def _readable(scalar: Tensor) -> bool:
 def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
     """Turn a Python number into the 0-dim tensor that enters an op.
 
-    Inside a compiled graph it becomes one by multiplication: a constant would compile anew for every value.
+    Inside a compiled graph it becomes one by multiplication: a constant would compile again for every value.
     """
     if isinstance(value, Tensor):
         return value

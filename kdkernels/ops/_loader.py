@@ -1,4 +1,4 @@
-"""Loads what was compiled, and remembers why the rest is missing."""
+"""Loads the compiled libraries, and records why the others are missing."""
 
 import importlib
 import importlib.util
@@ -48,14 +48,14 @@ def native_kernels(device_type: str) -> str | None:
 
 
 def why_missing(device_type: str) -> str | None:
-    """Why no native kernels are loaded for a device, or None where they are."""
+    """Return why no native kernels are loaded for a type of device, or None if they are."""
     return _missing.get({"cpu": "_C", "cuda": "_cuda"}.get(device_type, ""))
 
 
 def why_not_device(index: int | None) -> str | None:
-    """Why the CUDA kernels cannot run on a GPU, or None where they can; compared before the first launch."""
+    """Return why the CUDA kernels cannot run on a GPU, or None if they can; called before the first launch."""
     if "_cuda" not in _compiled or not torch.cuda.is_initialized():
-        return None  # nothing runs, as on the fake tensors of a machine without a GPU
+        return None  # nothing runs: the tensors are fake
     index = torch.cuda.current_device() if index is None else index
     if index not in _devices:
         _devices[index] = _compare(torch.cuda.get_device_capability(index), _compiled["_cuda"]["architectures"])
@@ -67,7 +67,7 @@ why_not_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _compare(capability: tuple[int, int], architectures: list[str]) -> str | None:
-    """Say why none of the architectures, such as "sm_90" or "compute_90" (PTX), serves a capability."""
+    """Return why none of the architectures, such as "sm_90" or "compute_90" (PTX), serves a capability."""
     major, minor = capability
     for architecture in architectures:
         kind, _, number = architecture.partition("_")
@@ -87,19 +87,19 @@ def _compare(capability: tuple[int, int], architectures: list[str]) -> str | Non
 
 
 def why_no_triton() -> str | None:
-    """Why there is no Triton backend, or None where there is."""
+    """Return why there is no Triton backend, or None if there is one."""
     return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
 
 
 def triton_keys() -> tuple[str, ...]:
-    """For which dispatch keys the Triton kernels are registered; on the CPU they run in Triton's interpreter."""
+    """Return the dispatch keys to register Triton kernels for; on the CPU they run in Triton's interpreter."""
     if why_no_triton() is not None:
         return ()
     return ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
 
 
 def build_info() -> dict[str, Any]:
-    """Describe what is installed: versions, what was compiled and how, and which backend each op takes and why.
+    """Describe what is installed: versions, what was compiled and how, and which backend each op uses and why.
 
     Returns:
         A dictionary: ``version``, ``torch``, ``torch_cuda`` (``None`` for a CPU build of torch), ``python``,

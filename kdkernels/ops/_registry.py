@@ -2,7 +2,7 @@
 
 An op is defined once, by :func:`define`: its schema, its fake implementation and its autograd formula. Each backend
 is an overload of it, ``torch.ops.kdkernels.<op>.<backend>``. A public function picks the overload; the autograd
-formula calls the overload of the same backend, whatever the choice is by the time of the backward.
+formula calls the overload of the same backend, even if another has been chosen in the meantime.
 """
 
 import importlib
@@ -37,8 +37,8 @@ class Op:
     def run(self, backend: str, *arguments: Any) -> Any:
         """Compute with a backend.
 
-        Without a compiler an autograd function calls the overload: it costs half of what a registered formula does,
-        and works under ``torch.func``.
+        In eager mode an autograd function calls the overload: that costs half as much as a registered formula, and
+        works under ``torch.func``.
         """
         if self.functions and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self.functions[backend].apply(*arguments)
@@ -49,13 +49,13 @@ class Op:
         return self.run(self.choose(device), *arguments)
 
     def choose(self, device: torch.device) -> str:
-        """Return the backend that computes on a device, after :func:`set_backend` and what is available there."""
+        """Return the backend for a device: the requested one, or the first available."""
         for backend in BACKENDS:
             if _requested in ("auto", backend) and self.available(backend, device):
                 return backend
         raise RuntimeError(
-            f"the backend {_requested!r} was requested, but {self.name} cannot take it on {device}: "
-            f"{self.why_not(_requested, device)}. set_backend('auto') takes the best that is there."
+            f"the backend {_requested!r} was requested, but {self.name} cannot use it on {device}: "
+            f"{self.why_not(_requested, device)}. set_backend('auto') uses the first available backend."
         )
 
     def available(self, backend: str, device: torch.device) -> bool:
@@ -67,7 +67,7 @@ class Op:
         return backend != "native" or device.type != "cuda" or _loader.why_not_device(device.index) is None
 
     def why_not(self, backend: str, device: torch.device) -> str:
-        """Say why a backend is not available."""
+        """Return why a backend is not available."""
         reason = None
         if backend == "native":
             reason = _loader.why_missing(device.type)
@@ -80,24 +80,24 @@ class Op:
 
 
 def returns(cls: type[tuple[Tensor, ...]]) -> type[tuple[Tensor, ...]]:
-    """Decorate a named tuple that functions return, so that ``torch.export.save`` can write it down."""
+    """Decorate a named tuple that functions return, so that ``torch.export.save`` can serialize it."""
     torch.utils._pytree._register_namedtuple(cls, serialized_type_name=f"kdkernels.functional.{cls.__name__}")
     return cls
 
 
 def is_transformed() -> bool:
-    """Tell whether a transform of ``torch.func`` is at work."""
+    """Tell whether a ``torch.func`` transform is active."""
     return torch._C._are_functorch_transforms_active()
 
 
 class _Function(torch.autograd.Function):
-    """Calls an overload; its subclasses have the autograd formula of an op for one backend."""
+    """Calls an overload; each subclass has the autograd formula of one op for one backend."""
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
         if is_transformed():
             return super().apply(*arguments)  # type: ignore[no-untyped-call]
-        # torch's own apply looks at the signature of forward first, which takes as long as a small kernel.
+        # torch's own apply inspects the signature of forward first, which takes as long as a small kernel.
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
@@ -125,7 +125,7 @@ _kernels: set[tuple[str, str, str]] = set()
 
 
 def find_kernels() -> None:
-    """Note for which devices each overload has a kernel; called once the libraries are loaded."""
+    """Record for which devices each overload has a kernel; called after the libraries are loaded."""
     for op in _ops.values():
         for backend in op.overloads:
             for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA")):
@@ -145,12 +145,12 @@ def define(
     """Define an op for every backend.
 
     Args:
-        name: of the op.
-        signature: of the op, without the name: ``(Tensor input) -> Tensor``.
-        reference: computes the op in PyTorch on any device.
-        fake: computes shapes and dtypes of the results from fake tensors and checks the arguments' shapes.
-        setup_context: saves what the backward needs; ``ctx.backend`` is set before.
-        backward: the autograd formula; it finds the backend of the forward in ``ctx.backend``.
+        name: Name of the op.
+        signature: Signature without the name, such as ``(Tensor input) -> Tensor``.
+        reference: Computes the op in PyTorch on any device.
+        fake: Computes shapes and dtypes of the results from fake tensors, and checks the shapes of the arguments.
+        setup_context: Saves what the backward needs; ``ctx.backend`` is set before.
+        backward: Autograd formula; ``ctx.backend`` is the backend of the forward.
 
     """
     for backend in BACKENDS:
@@ -199,12 +199,12 @@ class set_backend:  # noqa: N801  (used like torch.set_grad_enabled)
     """Choose the backend of all ops, for the process or inside a ``with`` block.
 
     Args:
-        backend: ``"auto"`` takes the first of native, triton and reference that has the op for the device at hand.
-            ``"native"`` (C++ on the CPU, CUDA C++ on a GPU), ``"triton"`` and ``"reference"`` (pure PyTorch, any
-            device) never fall back: where the backend does not have an op, calling it raises ``RuntimeError`` with
-            the reason. The initial choice is the environment variable ``KDKERNELS_BACKEND``, else ``"auto"``.
+        backend: ``"auto"`` uses the first of native, triton and reference that has the op for the device. ``"native"``
+            (C++ on the CPU, CUDA C++ on a GPU), ``"triton"`` and ``"reference"`` (pure PyTorch, any device) never fall
+            back: if the backend does not have an op, calling it raises ``RuntimeError`` with the reason. The initial
+            choice is the environment variable ``KDKERNELS_BACKEND``, or ``"auto"``.
 
-    The choice is the process's, not the thread's. A backward pass uses the backend of its forward.
+    The choice applies to the whole process, not to a thread. A backward pass uses the backend of its forward.
 
     """
 
@@ -227,7 +227,7 @@ def get_backend() -> str:
 
 
 def set_debug(enabled: bool) -> None:
-    """Check tensor values on GPUs too, at the price of a synchronisation in every call.
+    """Check tensor values on GPUs too, at the cost of a synchronization in every call.
 
     A label out of range or a temperature tensor that is not positive raises on the CPU. On a GPU the loss is NaN
     instead, unless this is switched on.
@@ -237,7 +237,7 @@ def set_debug(enabled: bool) -> None:
 
 
 def checks_values(device: torch.device) -> bool:
-    """Tell whether values are to be checked before kernels that do not check them are called."""
+    """Tell whether to check values before a kernel that does not check them itself."""
     return _debug and device.type != "cpu"
 
 
@@ -247,7 +247,7 @@ def values_are_visible(tensor: torch.Tensor) -> bool:
 
 
 def explain(device_type: str) -> dict[str, tuple[str, str]]:
-    """Return, for each op, the backend it takes on a kind of device and the reason."""
+    """Return, for each op, the backend that it uses on a type of device, and why."""
     device, result = torch.device(device_type), {}
     for name, op in _ops.items():
         if name.endswith("_backward"):

@@ -103,7 +103,7 @@ def test_machine_code(capability, tmp_path):
     """Nothing spills, no kernel takes more registers than its budget, and memory is accessed 128 bits at a time.
 
     After a change that is worth its registers, KDKERNELS_WRITE_BUDGETS=1 raises the budgets to what is taken; without
-    the file it writes them anew. They are the larger numbers of Triton 3.6 and 3.7.
+    the file it writes all of them. They are the larger numbers of Triton 3.6 and 3.7.
     """
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     of_capability = budgets.get(f"sm_{capability}", {})

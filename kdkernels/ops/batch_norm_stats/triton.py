@@ -13,7 +13,7 @@ from kdkernels.ops.batch_norm_stats import triton_kernels as kernels
 
 TILE = 4096  # numbers that a program has at once
 SPLIT = 8192  # numbers of a channel, about, that a program reduces
-SPLITS = 1024  # and at most so many programs a channel
+SPLITS = 1024  # the most programs a channel
 ROW_TILE = 2048
 LAYERS = 32  # in a launch
 

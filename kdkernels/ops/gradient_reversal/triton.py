@@ -22,7 +22,7 @@ def scale_kernel(output, input, lambd, count, BLOCK: tl.constexpr):
 def gradient_reversal_backward(grad_output: Tensor, lambd: Tensor) -> Tensor:
     """Return -lambd * grad_output."""
     result = torch.empty_like(grad_output)
-    # Where memory has no gaps it is one row of numbers, whatever the order of the dimensions.
+    # Memory without gaps is one row of numbers in any order of the dimensions.
     steps = ((size, a, b) for size, a, b in zip(result.shape, result.stride(), grad_output.stride(), strict=True))
     if any(a != b for size, a, b in steps if size > 1):
         grad_output = torch.empty_like(result).copy_(grad_output)

@@ -24,7 +24,7 @@ SMALL_TILE = 1024
 
 @dataclass(frozen=True)
 class _Options:
-    """The arguments of a call that are no logits."""
+    """The arguments of a call besides the logits."""
 
     labels: Tensor | None
     temperature: Tensor

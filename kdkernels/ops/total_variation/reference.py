@@ -17,12 +17,12 @@ def differences(x: Tensor, directions: int) -> list[Tensor]:
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Return the mean, 0 where there is nothing."""
+    """Return the mean, or 0 of an empty tensor."""
     return x.sum() / max(x.numel(), 1)
 
 
 def _scatter(slopes: list[Tensor], like: Tensor) -> Tensor:
-    """Return the derivative by the pixels from those by the differences: the transpose of :func:`differences`."""
+    """Return the gradient of the pixels from that of the differences: the transpose of :func:`differences`."""
     total = torch.zeros_like(like)
     pad = torch.nn.functional.pad
     if len(slopes) > 0:

@@ -41,7 +41,7 @@ def tile_of(image, strides, plane, planes, block, across, ROWS: tl.constexpr, NU
 
 @triton.jit
 def neighbour(start, stride, row, number, rows, length, step, DOWN: tl.constexpr, RIGHT: tl.constexpr):
-    """Load the numbers so many rows and pixels away, 0 where there is none, and tell where there is one."""
+    """Load the neighbours at a distance of rows and pixels, 0 outside the image, and tell which are inside."""
     r, n = row + DOWN, number + RIGHT * step
     there = (r >= 0) & (r < rows) & (row < rows)
     within = (n >= 0) & (n < length) & (number < length)
