@@ -1,4 +1,4 @@
-"""``python -m kdkernels``."""
+"""Entry point of ``python -m kdkernels``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files that an interrupted run can go on from."""
+"""Files from which an interrupted run resumes."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import torch
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a checkpoint so that there is always a whole one, whenever the process is stopped."""
+    """Write a checkpoint atomically: a process that is stopped leaves the previous one or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
@@ -19,7 +19,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read a checkpoint, tensors and plain values only, and set torch's generator as it was; None if there is none."""
+    """Read a checkpoint of tensors and plain values and restore torch's generator; return None if there is no file."""
     if not Path(path).is_file():
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True)
@@ -37,10 +37,10 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def claim_folder(folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-    """Note the settings of a run in its folder, or compare them with those of the run that is there.
+    """Record the settings of a run in its folder, or compare them with those recorded by an earlier run.
 
     Raises:
-        ValueError: the folder holds a run with other settings; its files would be mixed with those of this one.
+        ValueError: If the folder holds a run with other settings; the files of the two would be mixed.
 
     """
     path = Path(folder) / "settings.json"
@@ -53,5 +53,5 @@ def claim_folder(folder: str | os.PathLike[str], settings: dict[str, Any]) -> No
     differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
     if differing:
         raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(differing)}); choose another folder, or remove it"
+            f"{folder} holds a run with other settings ({', '.join(differing)}); choose another folder or remove it"
         )

@@ -1,4 +1,4 @@
-"""Users' networks by name, and their weights from files."""
+"""Loads a user's network by name, and its weights from a file."""
 
 import importlib
 import importlib.util
@@ -16,20 +16,18 @@ def load_model(name: str, arguments: str = "{}") -> nn.Module:
     """Build a network.
 
     Args:
-        name: ``package.module:callable``, looked up from the current folder too; or the name of a model of torchvision
-            or timm, whichever is installed and has it, built without weights.
-        arguments: keyword arguments for the callable, as a JSON object.
+        name: ``package.module:callable``, optionally from the current folder, or the name of a torchvision or timm
+            model. Library models are built without weights.
+        arguments: Keyword arguments of the callable, as a JSON object.
 
     Raises:
-        ValueError: there is no such callable or model, or it does not return a network.
+        ValueError: If the callable or model does not exist or does not return a network.
 
     """
     try:
         keywords = json.loads(arguments)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"model arguments must be a JSON object such as '{{\"width\": 16}}', got {arguments!r}"
-        ) from error
+    except json.JSONDecodeError:
+        keywords = None
     if not isinstance(keywords, dict):
         raise ValueError(f"model arguments must be a JSON object such as '{{\"width\": 16}}', got {arguments!r}")
     model = _from_import(name, keywords) if ":" in name else _from_library(name, keywords)
@@ -47,7 +45,7 @@ def _from_import(name: str, keywords: dict[str, Any]) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise
-        raise ValueError(f"{name}: there is no module {error.name!r}, neither installed nor in this folder") from error
+        raise ValueError(f"{name}: module {error.name!r} is neither installed nor in the current folder") from error
     if not callable(getattr(module, attribute, None)):
         raise ValueError(f"{name}: {module_name} has no callable {attribute!r}")
     return getattr(module, attribute)(**keywords)
@@ -65,22 +63,22 @@ def _from_library(name: str, keywords: dict[str, Any]) -> Any:
 
         if timm.is_model(name):
             return timm.create_model(name, pretrained=False, **keywords)
-    where = " and ".join(installed) if installed else "neither torchvision nor timm, which are not installed,"
-    raise ValueError(f"{name!r}: {where} knows no such model; give your own as package.module:callable")
+    known = f"is not in {' or '.join(installed)}" if installed else "needs torchvision or timm; neither is installed"
+    raise ValueError(f"model {name!r} {known}. Name a model of your own as package.module:callable")
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a state dict into a network: safetensors, or a torch file of tensors and plain values only.
+    """Load a state dict into a network, from safetensors or from a torch file of tensors and plain values only.
 
-    A state dict inside a checkpoint (``"state_dict"``, ``"model"``, ``"student"``) is found, and the prefixes that
-    DataParallel and torch.compile add are removed.
+    A state dict nested in a checkpoint (``"state_dict"``, ``"model"``, ``"student"``) is found. Prefixes added by
+    DataParallel and torch.compile are removed.
 
     Raises:
-        ValueError: there is no such file, or its tensors are not those of the network.
+        ValueError: If the file does not exist or its tensors do not match the network's.
 
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {str(path)!r}")
+        raise ValueError(f"checkpoint {str(path)!r} does not exist")
     state: dict[str, Any]
     if str(path).endswith(".safetensors"):
         from safetensors.torch import load_file
@@ -98,20 +96,20 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [k for k in expected.keys() & state.keys() if expected[k].shape != getattr(state[k], "shape", None)]
     if missing or unexpected or shapes:
-        faults = {"missing": missing, "not in the network": unexpected, "of another shape": sorted(shapes)}
-        told = "; ".join(
+        faults = {"missing": missing, "unexpected": unexpected, "different shape": sorted(shapes)}
+        details = "; ".join(
             f"{text}: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}" for text, keys in faults.items() if keys
         )
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {told}")
+        raise ValueError(f"{path} does not match {type(model).__name__}: {details}")
     model.load_state_dict(state)
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Return the number of classes that a network tells apart.
+    """Return the number of classes of a network.
 
     Raises:
-        ValueError: the network cannot take such images, or does not return logits [B, C].
+        ValueError: If the network does not accept such images or does not return logits [B, C].
 
     """
     parameter = next(model.parameters())
@@ -120,7 +118,7 @@ def outputs_of(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     try:
         logits = model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
     except RuntimeError as error:
-        raise ValueError(f"the network cannot take images of shape {list(image_shape)}: {error}") from error
+        raise ValueError(f"the network does not accept images of shape {list(image_shape)}: {error}") from error
     finally:
         for module, mode in training:
             module.training = mode

@@ -1,4 +1,4 @@
-"""Pictures of what routines did: image grids in true colour, and loss curves."""
+"""Image grids in true colour, and loss curves."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MISSING = 'pictures need pillow and matplotlib, which are not installed: pip install "kdkernels[demo]"'
+MISSING = 'pictures need pillow and matplotlib, which are not installed; run `pip install "kdkernels[demo]"`'
 
 
 def to_pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
     """Undo the normalization of images [B, C, H, W]; return 8-bit pixels.
 
-    The same brightness is the same number in every image, unlike after a stretch of each. Without a normalization the
-    images are taken to be in [0, 1].
+    Images are not stretched one by one, so brightness is comparable between them. Without a normalization, images are
+    assumed to be in [0, 1].
     """
     images = images.detach().float().cpu()
     if mean is not None and std is not None:
@@ -36,12 +36,12 @@ def save_grid(
     """Write images [B, C, H, W] with one or three channels side by side as a PNG.
 
     Args:
-        path: of the file.
-        images: normalized images.
-        mean: of each channel, of the normalization to undo.
-        std: likewise.
-        columns: images in a row.
-        scale: screen pixels for one pixel.
+        path: Output file.
+        images: Normalized images.
+        mean: Mean of each channel in the normalization to undo.
+        std: Standard deviation of each channel in the normalization to undo.
+        columns: Images per row.
+        scale: Screen pixels per pixel.
 
     """
     try:
@@ -66,7 +66,7 @@ def save_grid(
 
 
 def save_curves(path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) -> None:
-    """Write curves as a PNG: one panel for each entry, one line for each of its series."""
+    """Write curves as a PNG: one panel per entry, one line per series."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

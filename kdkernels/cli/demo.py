@@ -1,11 +1,12 @@
-"""The main job on real data: a trained network in, a student trained without data out.
+"""``python -m kdkernels demo``: from a trained network to a student trained without data, on real digits.
 
-A teacher learns the digits that scikit-learn carries; then the data is forgotten. Students of half the width learn
-from it on four kinds of images: Gaussian noise, images with the prior alone (DeepDream), DeepInversion images, and, as
-the upper bound, the real ones. All students train for as many epochs, the first three on as many images. Settings were
-chosen on the validation part of the digits; the accuracies are those on the test part.
+A teacher is trained on scikit-learn's digits, and the data is set aside. Students of half the width learn from it on
+four kinds of images: Gaussian noise, images with the prior alone (DeepDream), DeepInversion images and, as an upper
+bound, the real ones. All students train for the same number of epochs, the first three on the same number of images.
+Settings were chosen on the validation part of the digits; accuracies are measured on the test part.
 """
 
+import argparse
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kdkernels.cli._options import Commands, positive
 from kdkernels.cli._pictures import save_curves, save_grid
 from kdkernels.data import load_digits
 from kdkernels.distillation import accuracy, distill
@@ -36,9 +38,26 @@ ARMS = {
 }
 
 
+def add_parser(commands: Commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser("demo", help="distill a digit classifier without data and compare with baselines")
+    parser.add_argument("--seeds", type=positive, default=1, help="number of repetitions (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="output folder (default: build/demo)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo and print its table."""
+    metrics = run_demo(options.output, seeds=options.seeds, first_seed=options.seed)
+    print(table_of(metrics["seeds"]))
+    print(f"Wrote pictures, curves, table and metrics to {options.output}.")
+    return 0
+
+
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does, chosen on the validation part of the digits."""
+    """Settings of the demo, chosen on the validation part of the digits."""
 
     teacher_width: int = 16
     teacher_epochs: int = 25
@@ -74,7 +93,7 @@ def train_teacher(settings: DemoSettings, images: Tensor, labels: Tensor, seed: 
 def train_student(
     settings: DemoSettings, teacher: nn.Module, images: Tensor, seed: int
 ) -> tuple[nn.Module, dict[str, list[float]]]:
-    """Train a student on images with nothing but the teacher's outputs."""
+    """Train a student on images, from the teacher's outputs alone."""
     torch.manual_seed(seed)
     student = SmallCNN(settings.student_width, NUM_CLASSES)
     optimizer = torch.optim.Adam(
@@ -106,7 +125,7 @@ def synthesize(
 
 
 def run_seed(settings: DemoSettings, seed: int, folder: Path, bar: "tqdm[Any]") -> dict[str, dict[str, float]]:
-    """Run the demo for one seed; return accuracy and seconds of the teacher and of every arm."""
+    """Run the demo for one seed; return accuracy and seconds for the teacher and every arm."""
     digits = load_digits()
 
     def step(text: str) -> None:
@@ -121,7 +140,7 @@ def run_seed(settings: DemoSettings, seed: int, folder: Path, bar: "tqdm[Any]") 
     for arm, text in ARMS.items():
         step(text)
         start = perf_counter()
-        # From here on only the upper bound sees data.
+        # From here on, only the upper bound sees data.
         if arm == "noise":
             count = settings.batches * settings.inversion.batch_size
             images = torch.randn(count, *IMAGE_SHAPE, generator=batch_generator(seed, 0))
@@ -142,7 +161,7 @@ def run_seed(settings: DemoSettings, seed: int, folder: Path, bar: "tqdm[Any]") 
 
 
 def table_of(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Return the table of accuracies and times, means over the seeds."""
+    """Return the table of accuracies and times, averaged over the seeds."""
     rows = [("trained on", "test accuracy", "seconds")]
     for arm, text in {"teacher": "teacher: real data, hard labels", **ARMS}.items():
         values = [100 * seed[arm]["accuracy"] for seed in results.values()]
@@ -158,16 +177,16 @@ def run_demo(
     folder: str | os.PathLike[str], *, seeds: int = 1, first_seed: int = 0, settings: DemoSettings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run the demo, write pictures, table and metrics into a folder, and return the metrics.
+    """Run the demo, write pictures, table and metrics to a folder, and return the metrics.
+
+    An interrupted run leaves ``unfinished.json``; the same call continues after the last finished seed.
 
     Args:
-        folder: gets ``digits_seed_*.png``, ``curves_seed_*.png``, ``table.txt`` and ``metrics.json``.
-        seeds: repetitions with different teachers, images and students.
-        first_seed: the first of them.
-        settings: what to do; the defaults were chosen on the validation part.
-        progress: show a bar.
-
-    An interrupted run leaves ``unfinished.json``; the same call goes on after the last finished seed.
+        folder: Output folder for ``digits_seed_*.png``, ``curves_seed_*.png``, ``table.txt`` and ``metrics.json``.
+        seeds: Number of repetitions, each with another teacher, other images and other students.
+        first_seed: First seed.
+        settings: Settings; the defaults were chosen on the validation part.
+        progress: Whether to show a progress bar.
 
     """
     folder, settings = Path(folder), settings or DemoSettings()

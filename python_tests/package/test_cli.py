@@ -1,4 +1,4 @@
-"""The command line, as a user types it."""
+"""The command line as a user types it."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import torch
 from contract import BACKENDS
 from safetensors.torch import load_file, save_file
 
-from kdkernels import cli, demo
+from kdkernels import cli
+from kdkernels.cli import demo, doctor
 from kdkernels.inversion import PRESETS
 from kdkernels.models import SmallCNN
 
@@ -29,7 +30,7 @@ def teacher(tmp_path):
 SHORT = ["--image-shape", "1", "8", "8", "--preset", "digits", "--iterations", "4", "--batch-size", "20"]
 
 
-def test_doctor_says_what_there_is(capsys):
+def test_doctor_reports_backends_and_the_self_test(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "softmax_divergence" in out
@@ -46,18 +47,28 @@ def test_version_and_help():
         assert "kdkernels" in result.stdout
 
 
+def test_commands_import_heavy_modules_only_when_they_run():
+    code = (
+        "import sys, kdkernels; before = set(sys.modules); from kdkernels import cli; cli._parser();"
+        "print(*sys.modules.keys() - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch._dynamo", "sklearn", "matplotlib", "kdkernels.testing.comparison"}
+    assert heavy.isdisjoint(result.stdout.split())
+
+
 def test_invert_writes_images_and_pictures(tmp_path, teacher, capsys):
     output = tmp_path / "images"
     arguments = ["invert", *teacher, *SHORT, "--batches", "2", "--output", str(output), "--classes", "3", "7"]
     assert cli.main(arguments) == 0
-    assert "2 batches of 20 images" in capsys.readouterr().out
+    assert "Wrote 2 batches of 20 images" in capsys.readouterr().out
     batch = load_file(output / "images" / "batch_00001.safetensors")
     assert batch["images"].shape == (20, 1, 8, 8)
     assert set(batch["labels"].tolist()) == {3, 7}
     for name in ("grid_00000.png", "curves_00000.png", "history_00000.json", "settings.json"):
         assert (output / name).is_file()
     assert len(json.loads((output / "history_00000.json").read_text())["loss"]) == 4
-    # The same command again has nothing left to do; other settings are refused.
+    # The same command has nothing left to do; other settings are refused.
     before = (output / "grid_00001.png").stat().st_mtime_ns
     assert cli.main(arguments) == 0
     assert (output / "grid_00001.png").stat().st_mtime_ns == before
@@ -65,7 +76,7 @@ def test_invert_writes_images_and_pictures(tmp_path, teacher, capsys):
     assert "other settings (seed)" in capsys.readouterr().err
 
 
-def test_interrupted_invert_goes_on(tmp_path, teacher):
+def test_interrupted_invert_resumes(tmp_path, teacher):
     def command(folder):
         options = ["--image-shape", "1", "8", "8", "--preset", "digits", "--iterations", "300", "--batches", "3"]
         return [sys.executable, "-m", "kdkernels", "invert", *teacher, *options, "--output", str(folder)]
@@ -78,7 +89,7 @@ def test_interrupted_invert_goes_on(tmp_path, teacher):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED
-    assert "the same command goes on where it stopped" in err
+    assert "Run the same command again to continue." in err
     assert "Traceback" not in err
     assert not (first / "images" / "batch_00002.safetensors").exists()
     subprocess.run(command(first), check=True, capture_output=True)
@@ -92,14 +103,14 @@ def test_an_interrupt_that_a_destructor_swallows_is_raised_again(monkeypatch, ca
     class Deaf:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.05)  # here Python drops the KeyboardInterrupt
+            time.sleep(0.05)  # Python drops the KeyboardInterrupt here
 
     def run(options):
         Deaf()
         time.sleep(30)
         return 0
 
-    monkeypatch.setattr(cli, "_doctor", run)
+    monkeypatch.setattr(doctor, "run", run)
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     start, before = time.monotonic(), signal.getsignal(signal.SIGINT)
     assert cli.main(["doctor"]) == cli.INTERRUPTED
@@ -118,7 +129,7 @@ def test_distill_writes_a_student(tmp_path, teacher, capsys):
     assert "student.safetensors" in capsys.readouterr().out
 
 
-def test_torch_checkpoints_and_prefixes_are_understood(tmp_path, capsys):
+def test_torch_checkpoints_and_prefixes_are_accepted(tmp_path, capsys):
     state = {f"module.{key}": value for key, value in SmallCNN(4).state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "teacher.pt")
     model = ["--model", "kdkernels.models:SmallCNN", "--model-args", '{"width": 4}']
@@ -130,11 +141,14 @@ def test_torch_checkpoints_and_prefixes_are_understood(tmp_path, capsys):
     ("changes", "text"),
     [
         ({"--model": "kdkernels.models:Nothing"}, "has no callable 'Nothing'"),
-        ({"--model": "no_such_package:Model"}, "there is no module 'no_such_package'"),
-        ({"--model": "resnet5000"}, "knows no such model; give your own as package.module:callable"),
+        (
+            {"--model": "no_such_package:Model"},
+            "module 'no_such_package' is neither installed nor in the current folder",
+        ),
+        ({"--model": "resnet5000"}, "Name a model of your own as package.module:callable"),
         ({"--model-args": "width=4"}, "model arguments must be a JSON object"),
-        ({"--model-args": '{"width": 5}'}, "does not fit SmallCNN: of another shape: 0.weight"),
-        ({"--checkpoint": "missing.pt"}, "there is no checkpoint 'missing.pt'"),
+        ({"--model-args": '{"width": 5}'}, "does not match SmallCNN: different shape: 0.weight"),
+        ({"--checkpoint": "missing.pt"}, "checkpoint 'missing.pt' does not exist"),
         ({"--mean": "0.5"}, "give both --mean and --std"),
         ({"--classes": "11"}, "the network has the classes 0 to 9"),
         ({"--preset": "datafree-deepinv"}, "needs config.mean and config.std"),
@@ -150,7 +164,7 @@ def test_mistakes_are_explained(tmp_path, teacher, capsys, changes, text):
 def test_wrong_image_shape_is_explained(tmp_path, teacher, capsys):
     arguments = ["invert", *teacher, "--image-shape", "3", "8", "8", "--preset", "digits", "--output", str(tmp_path)]
     assert cli.main(arguments) == 2
-    assert "cannot take images of shape [3, 8, 8]" in capsys.readouterr().err
+    assert "does not accept images of shape [3, 8, 8]" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["invert", *teacher, "--image-shape", "0", "8", "8", "--output", str(tmp_path)])
 
@@ -163,7 +177,7 @@ TINY = demo.DemoSettings(
 )  # fmt: skip
 
 
-def test_demo_writes_what_it_promises(tmp_path):
+def test_demo_writes_its_files(tmp_path):
     metrics = demo.run_demo(tmp_path, seeds=2, settings=TINY, progress=False)
     assert set(metrics["mean"]) == {"teacher", "noise", "prior", "deep_inversion", "real"}
     table = (tmp_path / "table.txt").read_text()
@@ -176,7 +190,7 @@ def test_demo_writes_what_it_promises(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["seeds"] == metrics["seeds"]
 
 
-def test_interrupted_demo_goes_on_after_the_last_seed(tmp_path, monkeypatch):
+def test_interrupted_demo_resumes_after_the_last_seed(tmp_path, monkeypatch):
     original = demo.run_seed
 
     def interrupted(settings, seed, folder, bar):
@@ -196,7 +210,7 @@ def test_interrupted_demo_goes_on_after_the_last_seed(tmp_path, monkeypatch):
 
 
 def test_one_seed_of_the_demo(tmp_path):
-    """Below the claims, which are about the mean of three seeds: see the long check."""
+    """The bounds are below the claims, which concern the mean of three seeds; the slow test checks those."""
     mean = demo.run_demo(tmp_path, progress=False)["mean"]
     assert mean["teacher"]["accuracy"] >= 0.96
     assert mean["deep_inversion"]["accuracy"] >= 0.86
