@@ -1,4 +1,4 @@
-"""Real data that needs no download: the handwritten digits that scikit-learn carries."""
+"""Real data without a download: the handwritten digits shipped with scikit-learn."""
 
 from kdkernels.data.digits import Digits, load_digits
 

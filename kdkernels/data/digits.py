@@ -1,4 +1,4 @@
-"""The 1797 handwritten digits of 8x8 pixels that scikit-learn carries."""
+"""The 1797 handwritten digits of 8x8 pixels shipped with scikit-learn."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ TRAIN, VALIDATION, TEST = 1047, 250, 500
 
 @dataclass(frozen=True)
 class Digits:
-    """Digits in three parts, standardized by the mean and the standard deviation of the training part.
+    """Digits in three parts, standardized by the mean and standard deviation of the training part.
 
     Attributes:
-        train: images [N, 1, 8, 8] and labels [N].
-        validation: likewise; for choosing settings.
-        test: likewise; for the final figures only.
-        mean: of the training pixels, before standardization, in [0, 1].
-        std: likewise.
+        train: Images [N, 1, 8, 8] and labels [N] for training.
+        validation: Images and labels for choosing settings.
+        test: Images and labels for the final figures only.
+        mean: Mean of the training pixels before standardization, in [0, 1].
+        std: Standard deviation of the training pixels before standardization.
 
     """
 
@@ -29,17 +29,17 @@ class Digits:
 
 
 def load_digits() -> Digits:
-    """Load the digits, always in the same three parts.
+    """Load the digits, always split into the same three parts.
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        ImportError: If scikit-learn is not installed.
 
     """
     try:
         from sklearn import datasets
     except ImportError as error:
         raise ImportError(
-            'the digits come with scikit-learn, which is not installed: pip install "kdkernels[demo]"'
+            'the digits come with scikit-learn, which is not installed; run `pip install "kdkernels[demo]"`'
         ) from error
     bunch = datasets.load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Knowledge distillation: of a teacher into a student, with data or without."""
+"""Knowledge distillation from a teacher to a student, with or without data."""
 
 from kdkernels.distillation.data_free import DataFreeConfig, data_free_distill
 from kdkernels.distillation.distill import accuracy, distill

@@ -18,17 +18,17 @@ from kdkernels.inversion import DeepInversion, InversionConfig
 
 @dataclass(frozen=True)
 class DataFreeConfig:
-    """The outer loop of data-free distillation.
+    """Settings of the outer loop of data-free distillation.
 
     Attributes:
-        rounds: times that images are synthesized and the student is trained on all images so far.
-        batches: of images a round, each of ``InversionConfig.batch_size``.
-        epochs: over the pool, a round.
-        batch_size: of the student's training.
-        learning_rate: of the student's Adam, following a cosine to 0 over all rounds.
-        weight_decay: likewise.
-        temperature: of the divergence, the only loss of the student.
-        adaptive: from the second round on, synthesize against the student as it is then, with
+        rounds: Number of rounds; each synthesizes images and trains the student on all images so far.
+        batches: Batches of images per round, each of ``InversionConfig.batch_size``.
+        epochs: Epochs over the pool per round.
+        batch_size: Batch size of the student's training.
+        learning_rate: Initial learning rate of the student's Adam, annealed to 0 by a cosine over all rounds.
+        weight_decay: Weight decay of the student's Adam.
+        temperature: Temperature of the divergence, the student's only loss.
+        adaptive: Whether rounds after the first synthesize against the current student, with
             ``InversionConfig.compete_weight``.
 
     """
@@ -49,12 +49,12 @@ class DataFreeConfig:
 
 
 def batch_generator(seed: int, index: int) -> torch.Generator:
-    """Return the generator of a batch: the same whether the batches before it were made now or long ago."""
+    """Return the generator of a batch, which depends on nothing but the seed and the index."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
 def balanced_labels(count: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Return labels in which every class is as frequent as every other, as far as that goes, in random order."""
+    """Return labels in random order whose class counts differ by at most one."""
     labels = torch.arange(count) % num_classes
     return labels[torch.randperm(count, generator=generator)]
 
@@ -74,25 +74,25 @@ def data_free_distill(
 ) -> tuple[ImagePool, dict[str, list[float]]]:
     """Train a student from a trained teacher alone.
 
-    Every round synthesizes images, adds them to a pool, and goes on training the student on the whole pool; where
-    ``config.adaptive``, images of later rounds are synthesized against the student of the round before. Source: Yin et
-    al., "Dreaming to Distill", arXiv 1912.08795, whose released code ends before the student.
+    Every round synthesizes images, adds them to a pool, and continues to train the student on the whole pool. If
+    ``config.adaptive``, later rounds synthesize images against the student of the previous round. Source: Yin et al.,
+    "Dreaming to Distill", arXiv 1912.08795, whose released code ends before the student.
 
     Args:
-        teacher: a classifier with BatchNorm layers; left as it was.
-        student: trained in place.
-        image_shape: [C, H, W].
-        num_classes: of the teacher.
-        inversion: how images are synthesized.
-        config: rounds, batches, epochs, and the student's optimizer.
-        seed: of the images and of the order in which the student sees them.
-        folder: batches and the student are kept here after every batch and every epoch; a call with the same
-            arguments goes on where it was interrupted.
-        progress: show bars.
-        on_round: called after every round with its number and the student.
+        teacher: Classifier with BatchNorm layers; left unchanged.
+        student: Network trained in place.
+        image_shape: Shape [C, H, W] of an image.
+        num_classes: Number of classes of the teacher.
+        inversion: Settings of the synthesis.
+        config: Settings of the loop and of the student's training.
+        seed: Seed of the images and of the order in which the student sees them.
+        folder: Folder in which every finished batch and epoch is saved; a call with the same arguments resumes an
+            interrupted run from it.
+        progress: Whether to show progress bars.
+        on_round: Function called after every round with its number and the student.
 
     Returns:
-        The pool of images, and the history of the student's training.
+        The pool of images and the history of the student's training.
 
     """
     if folder is not None:
@@ -138,7 +138,7 @@ def data_free_distill(
 
 
 def _is_finished(checkpoint: Path, epochs: int) -> bool:
-    """Tell whether a round was trained to its end before."""
+    """Tell whether a round was already trained to its end."""
     if not checkpoint.is_file():
         return False
     state = torch.load(checkpoint, weights_only=True)
@@ -149,7 +149,7 @@ def _is_finished(checkpoint: Path, epochs: int) -> bool:
 def progress_bar(
     config: InversionConfig, description: str, enabled: bool
 ) -> Iterator[Callable[[int, dict[str, Tensor]], None]]:
-    """Show a bar for a synthesis; yield what it calls after every iteration."""
+    """Show a progress bar for a synthesis; yield the function to call after every iteration."""
     total = sum(stage.iterations for stage in config.stages)
     with tqdm(total=total, desc=description, unit="it", disable=not enabled, mininterval=0.5) as bar:
 

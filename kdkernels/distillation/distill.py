@@ -1,4 +1,4 @@
-"""Distillation of a teacher into a student on given images."""
+"""Distillation from a teacher to a student on given images."""
 
 import os
 from collections.abc import Iterable
@@ -30,31 +30,31 @@ def distill(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, list[float]]:
-    """Train a student to give the teacher's outputs.
+    """Train a student to reproduce the teacher's outputs.
 
-    The loss is :func:`kdkernels.functional.distillation_loss`: the divergence of softened outputs, and where the
-    loader gives labels their cross-entropy. Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
+    The loss is :func:`kdkernels.functional.distillation_loss`: the divergence of the softened outputs, plus the
+    cross-entropy if the loader gives labels. Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
 
     Args:
-        student: trained in place, in train mode; its parameters are those of the optimizer.
-        teacher: held in eval mode and left as it was.
-        loader: batches: images, (images,), or (images, labels).
-        epochs: passes over the loader.
-        optimizer: of the student's parameters.
-        scheduler: stepped after every epoch.
-        temperature: softens both outputs.
-        kd_weight: weight of the divergence; 0.9 with labels and 1 without by default.
-        ce_weight: weight of the cross-entropy; 0.1 with labels by default.
-        divergence: see :func:`kdkernels.functional.distillation_loss`.
-        checkpoint: a file written after every epoch. Where it exists, training goes on after the last epoch in it.
-        progress: show a bar.
+        student: Network trained in place, in train mode.
+        teacher: Network held in eval mode and left unchanged.
+        loader: Batches: images, (images,), or (images, labels).
+        epochs: Number of passes over the loader.
+        optimizer: Optimizer of the student's parameters.
+        scheduler: Scheduler stepped after every epoch.
+        temperature: Temperature that softens both outputs.
+        kd_weight: Weight of the divergence; defaults to 0.9 with labels and 1 without.
+        ce_weight: Weight of the cross-entropy; defaults to 0.1 with labels.
+        divergence: Divergence of the outputs; see :func:`kdkernels.functional.distillation_loss`.
+        checkpoint: File written after every epoch. If it exists, training resumes after its last epoch.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The history, one value an epoch: ``"loss"``, the mean over the images, and ``"learning_rate"``.
+        The history, one value per epoch: ``"loss"``, averaged over the images, and ``"learning_rate"``.
 
     Raises:
-        ValueError: epochs is negative, or the checkpoint was written for more epochs than asked for.
-        KeyboardInterrupt: passed on; a checkpoint holds all epochs that were finished.
+        ValueError: If epochs is negative, or the checkpoint holds more epochs than requested.
+        KeyboardInterrupt: If interrupted; the checkpoint holds all finished epochs.
 
     """
     if epochs < 0:
@@ -70,7 +70,10 @@ def distill(
             part.load_state_dict(state[name])
         history = state["history"]
         if len(history["loss"]) > epochs:
-            raise ValueError(f"{checkpoint} holds {len(history['loss'])} epochs already, but epochs is {epochs}")
+            done = len(history["loss"])
+            raise ValueError(
+                f"epochs is {epochs}, but {checkpoint} already holds {done} epochs; expected {done} or more"
+            )
     options: dict[str, Any] = {
         "temperature": temperature,
         "kd_weight": kd_weight,
@@ -101,7 +104,7 @@ def _epoch(
     device: torch.device,
     options: dict[str, Any],
 ) -> float:
-    """Train for one pass over the loader; return the mean loss, waiting for the device once."""
+    """Train for one pass over the loader and return the mean loss; the host waits for the device once."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     losses: list[Tensor] = []
     for batch in loader:
@@ -123,7 +126,7 @@ def _epoch(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 512) -> float:
-    """Return the share of images that a classifier recognizes, in [0, 1]; the model is left as it was."""
+    """Return the share of images that a classifier recognizes, in [0, 1]; the model is left unchanged."""
     device = next(model.parameters()).device
     with frozen(model):
         hits = [

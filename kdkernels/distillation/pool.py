@@ -1,4 +1,4 @@
-"""Synthesized images with their labels, kept for training."""
+"""Synthesized images and their labels, kept for training."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class ImagePool:
-    """Batches of synthesized images, in memory and, where a folder is given, in files.
+    """Batches of synthesized images, in memory and optionally in files.
 
-    Every batch is one safetensors file, written at once when it is added; a pool on the same folder finds them again.
+    Every batch is one safetensors file, written atomically when it is added. A pool on an existing folder loads its
+    batches.
 
     Args:
-        folder: where the batches are kept; nowhere but in memory by default.
+        folder: Folder of the batches; by default they are kept in memory only.
 
     """
 
@@ -43,16 +44,16 @@ class ImagePool:
 
     @property
     def images(self) -> Tensor:
-        """All images, [N, C, H, W]."""
+        """All images [N, C, H, W]."""
         return torch.cat([images for images, _ in self._batches])
 
     @property
     def labels(self) -> Tensor:
-        """All labels, [N]."""
+        """All labels [N]."""
         return torch.cat([labels for _, labels in self._batches])
 
     def loader(self, batch_size: int, *, labels: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-        """Return a loader that shuffles the images, with their labels or without."""
+        """Return a loader of shuffled images, with or without their labels."""
         tensors = (self.images, self.labels) if labels else (self.images,)
         return DataLoader(TensorDataset(*tensors), batch_size=batch_size, shuffle=True)
 
@@ -62,7 +63,7 @@ def _write(path: Path, images: Tensor, labels: Tensor) -> None:
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError(
-            'pools of images are files of safetensors, which is not installed: pip install "kdkernels[demo]"'
+            'an ImagePool in a folder needs safetensors, which is not installed; run `pip install "kdkernels[demo]"`'
         ) from error
     temporary = path.with_name(path.name + ".partial")
     save_file({"images": images.contiguous(), "labels": labels.contiguous()}, temporary)

@@ -1,4 +1,4 @@
-"""DeepInversion: images synthesized from nothing but a trained network.
+"""DeepInversion: images synthesized from a trained network alone.
 
 Source: Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020, arXiv 1912.08795.
 """

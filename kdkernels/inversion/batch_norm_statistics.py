@@ -1,4 +1,4 @@
-"""The statistics of every BatchNorm layer of a network during a forward, and their distance from the running ones."""
+"""Input statistics of every BatchNorm layer in a forward, and their distance from the running statistics."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,7 +14,7 @@ BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class frozen:  # noqa: N801  (used like torch.no_grad)
-    """Hold a network in eval mode, its parameters without gradient; give both back as they were.
+    """Hold a network in eval mode with frozen parameters, and restore both on exit.
 
     Gradients still flow through the network to its input.
     """
@@ -38,28 +38,29 @@ class frozen:  # noqa: N801  (used like torch.no_grad)
 
 
 class BatchNormStatistics:
-    r"""Context manager that watches the inputs of all BatchNorm layers of a network.
+    r"""Context manager that collects the input statistics of all BatchNorm layers of a network.
 
-    Inside, the network is in eval mode and its parameters are frozen; every BatchNorm1d, 2d, 3d and SyncBatchNorm
-    layer reports the mean and the variance of its input, read in one pass whose backward is fused into the network's
-    (:func:`kdkernels.functional.batch_norm_tap`). :meth:`loss` adds up their distances from the running statistics:
+    Inside the context, the network is in eval mode and its parameters are frozen. Every BatchNorm1d, BatchNorm2d,
+    BatchNorm3d and SyncBatchNorm layer reports the mean and variance of its input, computed in one pass whose backward
+    is fused into the network's (:func:`kdkernels.functional.batch_norm_tap`). :meth:`loss` sums their distances from
+    the running statistics:
 
     .. math:: R = \sum_l w_l \bigl(\lVert \mu_l - m_l \rVert_2 + \lVert v_l - r_l \rVert_2\bigr)
 
-    for ``mode="l2"``; see :func:`kdkernels.functional.batch_norm_stat_loss` for the others. Afterwards the network is
-    what it was before, bit for bit: modes, gradients, buffers.
+    for ``mode="l2"``; see :func:`kdkernels.functional.batch_norm_stat_loss` for the other modes. On exit the network's
+    modes, gradients and buffers are exactly what they were before.
 
     Args:
-        model: a network with BatchNorm layers that keep running statistics.
-        mode: ``"l2"``, ``"squared"`` or ``"gaussian_kl"``.
-        moment: compare ``"var"`` or ``"std"``.
-        unbiased: divide by n - 1 in the batch variance.
+        model: Network with BatchNorm layers that keep running statistics.
+        mode: Distance: ``"l2"``, ``"squared"`` or ``"gaussian_kl"``.
+        moment: Second moment to compare: ``"var"`` or ``"std"``.
+        unbiased: Whether the batch variance is divided by n - 1.
 
     Attributes:
-        layers: names of the layers, in the order of ``model.modules()``, which is that of the weights.
+        layers: Names of the layers in the order of ``model.modules()``, which is also the order of the weights.
 
     Raises:
-        ValueError: the model has no BatchNorm layer, or one without running statistics.
+        ValueError: If the model has no BatchNorm layer, or one without running statistics.
 
     Example::
 
@@ -77,12 +78,14 @@ class BatchNormStatistics:
         named = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORM)]
         if not named:
             raise ValueError(
-                f"{type(model).__name__} has no BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm layer, so there "
-                "are no statistics to compare with"
+                f"model is {type(model).__name__}, which has no BatchNorm layer; expected at least one BatchNorm1d, "
+                "BatchNorm2d, BatchNorm3d or SyncBatchNorm"
             )
         without = [name for name, module in named if module.running_mean is None]
         if without:
-            raise ValueError(f"these layers keep no running statistics (track_running_stats=False): {without}")
+            raise ValueError(
+                f"model has layers without running statistics: {without}; expected track_running_stats=True"
+            )
         self.layers = [name for name, _ in named]
         self._modules = [module for _, module in named]
         self._records: list[tuple[int, Tensor, Tensor]] = []
@@ -92,7 +95,7 @@ class BatchNormStatistics:
 
     def __enter__(self) -> Self:
         if self._handles:
-            raise RuntimeError("these statistics are being collected already; make a second BatchNormStatistics")
+            raise RuntimeError("this BatchNormStatistics is already active; create another one")
         self._frozen.__enter__()
         self._handles = [self.model.register_forward_pre_hook(self._start, prepend=True)]
         for index, module in enumerate(self._modules):
@@ -121,7 +124,7 @@ class BatchNormStatistics:
         return tap
 
     def _running_statistics(self, order: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return the running statistics of the layers that ran, joined; the model is frozen, so once is enough."""
+        """Return the concatenated running statistics of the layers that ran, cached because the model is frozen."""
         if order not in self._running:
             modules = [self._modules[index] for index in order]
             means, variances = [m.running_mean for m in modules], [m.running_var for m in modules]
@@ -129,14 +132,14 @@ class BatchNormStatistics:
         return self._running[order]
 
     def losses(self) -> Tensor:
-        """Return the distance of each layer, in the order in which they ran in the latest forward.
+        """Return the distance of each layer, in execution order of the latest forward.
 
         Raises:
-            RuntimeError: there was no forward inside the ``with`` block.
+            RuntimeError: If the model was not called inside the ``with`` block.
 
         """
         if not self._records:
-            raise RuntimeError("no BatchNorm layer has run yet: call the model inside the with block first")
+            raise RuntimeError("no BatchNorm layer has run yet; call the model inside the with block first")
         order, means, variances = zip(*self._records, strict=True)
         running_mean, running_var = self._running_statistics(order)
         return batch_norm_stat_distances(
@@ -153,17 +156,19 @@ class BatchNormStatistics:
         """Return the weighted sum over the layers of the latest forward; a layer that ran twice counts twice.
 
         Args:
-            weights: one for each of :attr:`layers`; all 1 by default.
+            weights: One weight for each of :attr:`layers`; all 1 by default.
 
         Raises:
-            RuntimeError: there was no forward inside the ``with`` block.
-            ValueError: not one weight a layer.
+            RuntimeError: If the model was not called inside the ``with`` block.
+            ValueError: If the number of weights differs from the number of layers.
 
         """
         losses = self.losses()
         if weights is None:
             return losses.sum()
         if len(weights) != len(self.layers):
-            raise ValueError(f"weights has {len(weights)} values; expected one for each of {len(self.layers)} layers")
+            raise ValueError(
+                f"weights has {len(weights)} values; expected one for each of the {len(self.layers)} layers"
+            )
         chosen = torch.tensor([float(weights[index]) for index, _, _ in self._records], dtype=losses.dtype)
         return (losses * chosen.to(losses.device)).sum()

@@ -1,4 +1,4 @@
-"""The settings of DeepInversion, and the published ones as presets."""
+"""Settings of DeepInversion, with the published ones as presets."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
@@ -11,11 +11,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a synthesis with an optimizer of its own.
+    """Part of a synthesis with its own optimizer.
 
     Attributes:
-        iterations: optimizer steps.
-        pool: the network sees the images average-pooled by this factor; jitter is divided by it.
+        iterations: Number of optimizer steps.
+        pool: Factor by which images are average-pooled for the network; jitter is divided by it.
 
     """
 
@@ -25,40 +25,41 @@ class Stage:
 
 @dataclass(frozen=True)
 class InversionConfig:
-    r"""What DeepInversion minimizes, and how.
+    r"""Objective and optimization of DeepInversion.
 
     .. math:: w_{ce}\,\mathrm{CE} + w_{tv1}\,\mathrm{TV}_{l1} + w_{tv2}\,\mathrm{TV}_{l2} + w_f R + w_{l2}\,\mathrm{L2}
               + w_c R_c
 
     with the priors of :func:`kdkernels.functional.image_prior_losses`, the feature term R of
-    :class:`BatchNormStatistics`, and the competition term R_c against a student. A term of weight 0 takes no part.
+    :class:`BatchNormStatistics`, and the competition term R_c against a student. A term of weight 0 is not computed.
 
     Attributes:
-        stages: parts of the synthesis, in order.
-        batch_size: images optimized together; the norms of TV_l2, and of L2 over the batch, depend on it.
-        learning_rate: of Adam.
-        betas: of Adam.
-        schedule: ``"constant"``, or ``"warmup_cosine"``: in each stage 100 steps of linear warm-up, then a cosine to 0.
-        ce_weight: of the teacher's cross-entropy.
-        feature_weight: of the BatchNorm term.
-        first_layer_weight: of the first BatchNorm layer (in the order of ``modules()``) inside that term, others 1.
-        mode: how the BatchNorm term measures.
-        moment: what it compares.
-        tv_l1: weight of the total variation in the l1 norm.
-        tv_l2: weight of the total variation in the l2 norm.
-        l2: weight of the images' size.
+        stages: Parts of the synthesis, in order.
+        batch_size: Images optimized together; the norms of TV_l2, and of L2 over the batch, depend on it.
+        learning_rate: Learning rate of Adam.
+        betas: Betas of Adam.
+        schedule: ``"constant"``, or ``"warmup_cosine"``: 100 steps of linear warm-up in each stage, then a cosine to 0.
+        ce_weight: Weight of the teacher's cross-entropy.
+        feature_weight: Weight of the BatchNorm term.
+        first_layer_weight: Weight of the first BatchNorm layer (in the order of ``modules()``) in the BatchNorm term;
+            the other layers have weight 1.
+        mode: Distance in the BatchNorm term; see :class:`BatchNormStatistics`.
+        moment: Second moment compared in the BatchNorm term; see :class:`BatchNormStatistics`.
+        tv_l1: Weight of the total variation in the l1 norm.
+        tv_l2: Weight of the total variation in the l2 norm.
+        l2: Weight of the images' l2 norm.
         l2_norm: ``"image"``, the mean of the images' norms, or ``"batch"``, the norm of the batch.
-        prior_of: whether the priors look at the ``"augmented"`` images or at the ``"plain"`` ones.
-        compete_weight: of the competition term; it takes part only where a student is given.
-        compete: its form, at temperature 3, J being the published clamped divergence: ``"js"``, 1 - JS exactly;
-            ``"nvlabs"``, 1 - clamp(J, 0, 1); ``"datafree"``, -J.
-        jitter: the batch is rolled by up to so many pixels, up or down and left or right, once an iteration.
-        flip: probability of flipping the whole batch.
-        clip: keep every channel in the range of real pixels; needs ``mean`` and ``std``.
-        keep: the images of the ``"last"`` iteration, or of the ``"best"`` loss in the last stage.
-        mean: of each channel, of the normalization that the teacher was trained with.
-        std: likewise.
-        source: where the values come from.
+        prior_of: Images that the priors see: ``"augmented"`` or ``"plain"``.
+        compete_weight: Weight of the competition term, which is computed only if a student is given.
+        compete: Form of the competition term, at temperature 3: ``"js"``, 1 - JS exactly; ``"nvlabs"``,
+            1 - clamp(J, 0, 1); ``"datafree"``, -J, where J is the published clamped divergence.
+        jitter: Largest number of pixels by which the batch is rolled in each direction, once per iteration.
+        flip: Probability of flipping the whole batch.
+        clip: Whether to keep every channel in the range of real pixels; needs ``mean`` and ``std``.
+        keep: Returned images: those of the ``"last"`` iteration, or of the ``"best"`` loss in the last stage.
+        mean: Mean of each channel in the teacher's normalization.
+        std: Standard deviation of each channel in the teacher's normalization.
+        source: Source of the values.
 
     """
 
@@ -89,30 +90,32 @@ class InversionConfig:
 
     def __post_init__(self) -> None:
         if not self.stages or any(stage.iterations < 1 or stage.pool < 1 for stage in self.stages):
-            raise ValueError(f"stages is {self.stages!r}; expected one at least, with positive iterations and pool")
+            raise ValueError(
+                f"stages is {self.stages!r}; expected at least one stage, with positive iterations and pool"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a positive number")
         if self.jitter < 0:
-            raise ValueError(f"jitter is {self.jitter!r}; expected a number of pixels, 0 for none")
+            raise ValueError(f"jitter is {self.jitter!r}; expected 0 or more pixels")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip!r}; expected a probability")
+            raise ValueError(f"flip is {self.flip!r}; expected a probability in [0, 1]")
         if (self.mean is None) != (self.std is None):
-            raise ValueError("give both mean and std, or neither")
+            raise ValueError(f"mean is {self.mean!r} and std is {self.std!r}; expected both mean and std, or neither")
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """Return a published setting by its name, one of :data:`PRESETS`.
+        """Return the preset of that name in :data:`PRESETS`.
 
         Raises:
-            ValueError: there is no preset of that name.
+            ValueError: If no preset has that name.
 
         """
         if name not in PRESETS:
-            raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
         return PRESETS[name]  # type: ignore[return-value]
 
     def with_iterations(self, iterations: int) -> Self:
-        """Return the same settings with so many iterations in all, shared out over the stages as before."""
+        """Return the same settings with this total of iterations, divided over the stages in the same proportion."""
         total = sum(stage.iterations for stage in self.stages)
         shares = [max(1, round(stage.iterations * iterations / total)) for stage in self.stages]
         return replace(

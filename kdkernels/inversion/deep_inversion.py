@@ -22,9 +22,9 @@ class Synthesis:
     """Synthesized images.
 
     Attributes:
-        images: [B, C, H, W], in the normalized space that the teacher sees.
-        labels: [B], the classes that they were synthesized for.
-        history: every term of the loss, weighted, and their sum ``"loss"``, by iteration.
+        images: Shape [B, C, H, W], in the teacher's normalized space.
+        labels: Shape [B]; target class of each image.
+        history: Weighted terms of the loss and their sum ``"loss"``, one value per iteration.
 
     """
 
@@ -34,7 +34,7 @@ class Synthesis:
 
 
 def learning_rate_at(config: InversionConfig, iteration: int, iterations: int) -> float:
-    """Return the learning rate of an iteration, counted from 0 inside its stage."""
+    """Return the learning rate of an iteration, which is counted from 0 within its stage."""
     if config.schedule == "constant":
         return config.learning_rate
     if iteration < WARM_UP:
@@ -43,20 +43,20 @@ def learning_rate_at(config: InversionConfig, iteration: int, iterations: int) -
 
 
 class DeepInversion:
-    """Synthesizes images that a trained network recognizes, and whose features have the statistics it was trained on.
+    """Synthesizes images that a trained network recognizes and whose features match its BatchNorm statistics.
+
+    Source: Yin et al., arXiv 1912.08795; each preset names its own.
 
     Args:
-        teacher: a classifier with BatchNorm layers; it is left as it was.
-        image_shape: [C, H, W] of the images.
-        config: what is minimized and how; one of the presets, changed by ``dataclasses.replace``.
-        student: for the adaptive form: images on which teacher and student disagree are preferred, with
-            ``config.compete_weight``. It is frozen meanwhile.
+        teacher: Classifier with BatchNorm layers; left unchanged.
+        image_shape: Shape [C, H, W] of an image.
+        config: Settings: a preset, changed with ``dataclasses.replace`` if needed.
+        student: Network of the adaptive form, which prefers images on which teacher and student disagree, with
+            ``config.compete_weight``; frozen during the synthesis.
 
     Raises:
-        ValueError: the teacher has no BatchNorm layer, image_shape is no [C, H, W], or ``config.clip`` lacks the
-            normalization.
-
-    Sources: Yin et al., arXiv 1912.08795; the presets name theirs.
+        ValueError: If the teacher has no BatchNorm layer, image_shape is not [C, H, W], or the normalization in config
+            is missing although ``config.clip`` is set, or does not match the channels.
 
     """
 
@@ -71,13 +71,16 @@ class DeepInversion:
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape is {image_shape!r}; expected [C, H, W]")
         if config.clip and config.mean is None:
-            raise ValueError("config.clip keeps images in the range of pixels, which needs config.mean and config.std")
+            raise ValueError("config.clip is True, which needs config.mean and config.std; they are None")
         if (
             config.mean is not None
             and config.std is not None
             and {len(config.mean), len(config.std)} != {image_shape[0]}
         ):
-            raise ValueError(f"config.mean and config.std must have {image_shape[0]} values, one a channel")
+            raise ValueError(
+                f"config.mean and config.std have {len(config.mean)} and {len(config.std)} values; expected "
+                f"{image_shape[0]}, one per channel"
+            )
         self.teacher = teacher
         self.image_shape = image_shape
         self.config = config
@@ -94,14 +97,14 @@ class DeepInversion:
         shift: tuple[int, int] = (0, 0),
         flip: bool = False,
     ) -> dict[str, Tensor]:
-        """Return the weighted terms of the loss of images, and their sum ``"loss"``.
+        """Return the weighted terms of the loss and their sum ``"loss"``.
 
         Args:
-            images: [B, C, H, W].
-            labels: [B].
-            pool: average pooling in front of the network.
-            shift: pixels that the batch is rolled down and to the right by, after pooling.
-            flip: whether the batch is flipped left to right.
+            images: Shape [B, C, H, W].
+            labels: Shape [B].
+            pool: Factor of the average pooling in front of the network.
+            shift: Pixels by which the pooled batch is rolled down and to the right.
+            flip: Whether to flip the batch left to right.
 
         """
         with self._watching():
@@ -109,7 +112,7 @@ class DeepInversion:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Freeze the networks, and tap the teacher's BatchNorm layers where a term needs them."""
+        """Freeze the networks, and tap the teacher's BatchNorm layers if a term needs them."""
         with ExitStack() as stack:
             stack.enter_context(self.statistics if self.config.feature_weight != 0 else frozen(self.teacher))
             if self.student is not None:
@@ -163,19 +166,19 @@ class DeepInversion:
         """Synthesize one image for each label.
 
         Args:
-            labels: [B] class indices, int64. The norms over the batch in the loss depend on B:
-                ``config.batch_size`` is what the coefficients were chosen for.
-            generator: draws the first images, the jitter and the flips; on the CPU, so that a seed gives the same on
-                every device. Torch's own generator by default.
-            progress: called after every iteration with its number and the terms of the loss, tensors that have not
-                been waited for.
+            labels: Class indices [B], int64. Norms over the batch in the loss depend on B; the coefficients were chosen
+                for ``config.batch_size``.
+            generator: CPU generator of the initial images, the jitter and the flips, so that a seed gives the same
+                values on every device; torch's default generator if None.
+            progress: Function called after every iteration with its number and the terms of the loss, as tensors that
+                the host has not waited for.
 
         Raises:
-            ValueError: labels are not [B] of int64, or empty.
+            ValueError: If labels are not [B] of int64, or are empty.
 
         """
         if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) == 0:
-            raise ValueError(f"labels must be [B] of int64, got {tuple(labels.shape)} of {labels.dtype}")
+            raise ValueError(f"labels must be a non-empty [B] of int64, got {list(labels.shape)} of {labels.dtype}")
         parameter = next(self.teacher.parameters())
         device, dtype = parameter.device, parameter.dtype
         labels = labels.to(device)
@@ -191,7 +194,7 @@ class DeepInversion:
                     terms = self._terms(images, labels, stage.pool, *self._augmentation(stage.pool, generator))
                     (images.grad,) = torch.autograd.grad(terms["loss"], images)
                     if self.config.keep == "best":
-                        # Before the step: these images have this loss. Decided on the device, without waiting for it.
+                        # Before the step, while the images have this loss. The device decides; the host does not wait.
                         better = terms["loss"].detach() < best_loss
                         best_loss = torch.where(better, terms["loss"].detach(), best_loss)
                         best_images = torch.where(better, images.detach(), best_images)
@@ -207,14 +210,14 @@ class DeepInversion:
         )
 
     def _augmentation(self, pool: int, generator: torch.Generator | None) -> tuple[tuple[int, int], bool]:
-        """Draw the roll and the flip of an iteration, one of each for the whole batch."""
+        """Draw the roll and the flip of an iteration, shared by the whole batch."""
         jitter = self.config.jitter // pool
         down, right = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
         flip = self.config.flip > 0 and torch.rand((), generator=generator).item() < self.config.flip
         return (down, right), flip
 
     def _clip(self, images: Tensor) -> None:
-        """Keep each channel in [-m/s, (1 - m)/s], where pixels in [0, 1] are after normalization."""
+        """Clamp each channel to [-m/s, (1 - m)/s], the range of normalized pixels."""
         if not self.config.clip:
             return
         mean, std = (

@@ -1,4 +1,4 @@
-"""Small reference networks, for the demo, the tests and first steps."""
+"""Small reference networks for the demo, the tests and first experiments."""
 
 from kdkernels.models.cnn import SmallCNN
 

@@ -6,13 +6,13 @@ from torch import nn
 class SmallCNN(nn.Sequential):
     """Three convolutions with batch normalization, global average pooling and a linear classifier.
 
-    ``[conv 3x3 - BatchNorm - ReLU]`` with ``width``, ``2 * width`` (stride 2) and ``2 * width`` (stride 2) channels;
-    any image size from 4x4 on. Called with images [B, in_channels, H, W] it returns logits [B, num_classes].
+    Three blocks ``[conv 3x3 - BatchNorm - ReLU]`` with ``width``, ``2 * width`` (stride 2) and ``2 * width`` (stride 2)
+    channels. Images [B, in_channels, H, W] of at least 4x4 pixels give logits [B, num_classes].
 
     Args:
-        width: channels of the first convolution.
-        num_classes: outputs.
-        in_channels: channels of the images.
+        width: Channels of the first convolution.
+        num_classes: Number of classes.
+        in_channels: Channels of the images.
 
     """
 

@@ -1,11 +1,11 @@
-"""Networks and the published feature loss, for the tests of the inversion."""
+"""Networks and the published feature loss for the tests of the inversion."""
 
 import torch
 from torch import nn
 
 
 def trained_like(model, seed=0):
-    """The model with running statistics and scales that are not those of a new one."""
+    """Return the model with running statistics and scales that differ from a new model's."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -16,7 +16,7 @@ def trained_like(model, seed=0):
 
 
 def hooked_loss(model, x, mode="l2"):
-    """The feature term as users write it: hooks on the inputs, in the order in which the layers run."""
+    """Return the feature term as users write it: hooks on the inputs, in execution order."""
     losses, names = [], []
 
     def hook_of(name):

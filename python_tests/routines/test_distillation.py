@@ -1,4 +1,4 @@
-"""Distillation with data and without, interruptions included."""
+"""Distillation with and without data, including interruptions."""
 
 import copy
 from dataclasses import replace
@@ -26,7 +26,7 @@ def setup(seed=0, epochs=4):
     return teacher, student, {"optimizer": optimizer, "scheduler": scheduler, "epochs": epochs, "progress": False}
 
 
-def test_student_comes_closer_to_the_teacher():
+def test_student_approaches_the_teacher():
     teacher, student, options = setup(epochs=8)
     before = copy.deepcopy(teacher.state_dict())
     history = distill(student, teacher, loader_of(torch.randn(64, 1, 8, 8)), **options)
@@ -37,7 +37,7 @@ def test_student_comes_closer_to_the_teacher():
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
-def test_labels_take_part_where_the_loader_gives_them():
+def test_labels_are_used_if_the_loader_gives_them():
     x, y = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
     losses = []
     for tensors, weights in (((x,), {}), ((x, y), {}), ((x, y), {"kd_weight": 1.0, "ce_weight": 0.0})):
@@ -65,7 +65,7 @@ class Interrupting:
             yield batch
 
 
-def test_interrupted_training_ends_as_if_it_had_not_been(tmp_path):
+def test_interrupted_training_ends_like_an_uninterrupted_one(tmp_path):
     x = torch.randn(48, 1, 8, 8)
     teacher, straight, options = setup()
     expected = distill(straight, teacher, loader_of(x), **options)
@@ -75,7 +75,7 @@ def test_interrupted_training_ends_as_if_it_had_not_been(tmp_path):
     with pytest.raises(InterruptedError):
         distill(student, teacher, Interrupting(loader_of(x), 7), checkpoint=checkpoint, **options)
     teacher, resumed, options = setup()
-    torch.manual_seed(123)  # whatever the generator is by then
+    torch.manual_seed(123)  # the generator's state must not matter
     history = distill(resumed, teacher, loader_of(x), checkpoint=checkpoint, **options)
     assert history == expected
     for key, value in straight.state_dict().items():
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_more_epochs_is_refused(tmp_path):
     checkpoint = tmp_path / "student.pt"
     loader = loader_of(torch.randn(16, 1, 8, 8))
     distill(student, teacher, loader, checkpoint=checkpoint, **options)
-    with pytest.raises(ValueError, match="holds 2 epochs already, but epochs is 1"):
+    with pytest.raises(ValueError, match=r"epochs is 1, but .* already holds 2 epochs"):
         distill(student, teacher, loader, checkpoint=checkpoint, **{**options, "epochs": 1})
     with pytest.raises(ValueError, match="epochs is -1"):
         distill(student, teacher, loader, **{**options, "epochs": -1})
@@ -140,7 +140,7 @@ def test_data_free_loop(tmp_path):
     assert len(pool) == 4
     assert len(history["loss"]) == 4
     assert torch.equal(pool.labels[:20].bincount(minlength=10), torch.full((10,), 2))
-    # The same from a folder, and once more from the finished folder
+    # The same in a folder, then again from the finished folder
     for _ in range(2):
         kept, kept_history, kept_student = data_free(tmp_path / "run")
         assert torch.equal(kept.images, pool.images)
@@ -149,7 +149,7 @@ def test_data_free_loop(tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", ["batch 1", "round 0"])
-def test_interrupted_loop_ends_as_if_it_had_not_been(tmp_path, monkeypatch, stop_after):
+def test_interrupted_loop_ends_like_an_uninterrupted_one(tmp_path, monkeypatch, stop_after):
     _, expected, straight = data_free(None)
     folder = tmp_path / "run"
     if stop_after == "batch 1":

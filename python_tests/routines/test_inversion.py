@@ -1,4 +1,4 @@
-"""DeepInversion: the statistics of a network, the objective, the synthesis."""
+"""DeepInversion: the statistics of a network, the objective and the synthesis."""
 
 import copy
 from dataclasses import replace
@@ -16,7 +16,7 @@ F64 = torch.float64
 
 
 class Ranks(nn.Module):
-    """Batch normalization of three ranks, one of the layers used twice."""
+    """Batch normalization in three ranks, with one layer used twice."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def test_statistics_equal_hooks(mode):
     torch.testing.assert_close(grad, expected_grad)
 
 
-def test_model_is_left_as_it_was():
+def test_model_is_restored():
     model = trained_like(Ranks())
     model.image.eval()
     model.vector.weight.requires_grad_(False)
@@ -73,7 +73,7 @@ def test_model_is_left_as_it_was():
         assert torch.equal(value, before[key])
 
 
-def test_model_is_left_as_it_was_after_an_error():
+def test_model_is_restored_after_an_error():
     model = trained_like(SmallCNN(4))
     with pytest.raises(RuntimeError), BatchNormStatistics(model):
         model(torch.randn(2, 3, 8, 8))
@@ -93,24 +93,24 @@ def test_loss_is_of_the_latest_forward():
         assert torch.equal(both, statistics.loss())
 
 
-def test_synchronized_batch_norm_is_watched():
+def test_synchronized_batch_norm_is_covered():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(trained_like(SmallCNN(4)))
     assert len(BatchNormStatistics(model).layers) == 3
 
 
-def test_statistics_explain_what_is_wrong():
-    with pytest.raises(ValueError, match="Sequential has no BatchNorm1d"):
+def test_statistics_explain_mistakes():
+    with pytest.raises(ValueError, match="model is Sequential, which has no BatchNorm layer"):
         BatchNormStatistics(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match=r"no running statistics.*\['0'\]"):
+    with pytest.raises(ValueError, match=r"layers without running statistics: \['0'\]"):
         BatchNormStatistics(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)))
     statistics = BatchNormStatistics(SmallCNN(4))
     with statistics:
         with pytest.raises(RuntimeError, match="no BatchNorm layer has run yet"):
             statistics.loss()
-        with pytest.raises(RuntimeError, match="being collected already"):
+        with pytest.raises(RuntimeError, match="already active"):
             statistics.__enter__()
         statistics.model(torch.randn(2, 1, 8, 8))
-        with pytest.raises(ValueError, match="weights has 2 values; expected one for each of 3 layers"):
+        with pytest.raises(ValueError, match="weights has 2 values; expected one for each of the 3 layers"):
             statistics.loss([1.0, 1.0])
 
 
@@ -119,7 +119,7 @@ def test_statistics_explain_what_is_wrong():
 SHORT = replace(PRESETS["digits"], stages=(Stage(3, pool=2), Stage(4)), jitter=2, flip=0.5)
 
 
-def test_synthesis_is_seeded_and_leaves_the_networks_alone():
+def test_synthesis_is_seeded_and_leaves_the_networks_unchanged():
     teacher, student = trained_like(SmallCNN(4)), trained_like(SmallCNN(3), 1)
     before = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
     labels = torch.arange(10)
@@ -139,7 +139,7 @@ def test_synthesis_is_seeded_and_leaves_the_networks_alone():
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_images_come_closer_to_the_statistics(digits_teacher):
+def test_images_approach_the_statistics(digits_teacher):
     inverter = DeepInversion(digits_teacher, (1, 8, 8), PRESETS["digits"].with_iterations(100))
     result = inverter.synthesize(torch.arange(100) % 10, torch.Generator().manual_seed(0))
     assert result.history["features"][-1] < 0.5 * result.history["features"][0]
@@ -154,7 +154,7 @@ def test_best_images_are_those_of_the_lowest_loss():
     assert loss == pytest.approx(min(result.history["loss"]), rel=1e-6)
 
 
-def test_clipped_images_are_images():
+def test_clipped_images_are_valid_pixels():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     config = replace(SHORT, clip=True, mean=mean, std=std, learning_rate=1.0)
     teacher = trained_like(SmallCNN(4, in_channels=3))
@@ -164,7 +164,7 @@ def test_clipped_images_are_images():
     assert pixels.max() <= 1 + 1e-6
 
 
-def test_terms_without_weight_take_no_part():
+def test_terms_without_weight_are_not_computed():
     teacher = trained_like(SmallCNN(4))
     config = replace(SHORT, feature_weight=0.0, tv_l2=0.0, l2=0.0)
     history = DeepInversion(teacher, (1, 8, 8), config).synthesize(torch.arange(4)).history
@@ -189,15 +189,18 @@ def test_competition_makes_teacher_and_student_disagree():
     [
         (lambda t: DeepInversion(t, (8, 8), SHORT), "image_shape is"),
         (lambda t: DeepInversion(t, (1, 8, 8), replace(SHORT, clip=True)), "needs config.mean and config.std"),
-        (lambda t: DeepInversion(t, (1, 8, 8), PRESETS["nvlabs-imagenet-1"]), "must have 1 values, one a channel"),
+        (
+            lambda t: DeepInversion(t, (1, 8, 8), PRESETS["nvlabs-imagenet-1"]),
+            "3 and 3 values; expected 1, one per channel",
+        ),
         (lambda t: DeepInversion(t, (1, 8, 8), SHORT).synthesize(torch.zeros(3)), "labels must be"),
         (lambda t: DeepInversion(t, (1, 8, 8), SHORT).synthesize(torch.zeros(0).long()), "labels must be"),
-        (lambda t: InversionConfig.preset("imagenet"), "there is no preset 'imagenet'; there are nvlabs-imagenet-0"),
+        (lambda t: InversionConfig.preset("imagenet"), "preset is 'imagenet'; expected one of nvlabs-imagenet-0"),
         (lambda t: replace(SHORT, stages=()), "stages is"),
         (lambda t: replace(SHORT, learning_rate=0.0), "learning_rate is 0.0"),
         (lambda t: replace(SHORT, flip=2.0), "flip is 2.0; expected a probability"),
         (lambda t: replace(SHORT, jitter=-1), "jitter is -1"),
-        (lambda t: replace(SHORT, mean=(0.5,)), "both mean and std"),
+        (lambda t: replace(SHORT, mean=(0.5,)), "expected both mean and std, or neither"),
     ],
 )
 def test_wrong_calls(call, text):
@@ -206,7 +209,7 @@ def test_wrong_calls(call, text):
 
 
 def test_statistics_of_a_batch_are_those_of_the_op():
-    """The tap of a layer reports what batch_norm_stats computes of its input."""
+    """The tap of a layer reports the batch_norm_stats of its input."""
     model = nn.Sequential(nn.BatchNorm2d(3))
     x = torch.randn(4, 3, 5, 5)
     mean, var = batch_norm_stats(x)

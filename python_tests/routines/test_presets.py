@@ -1,4 +1,4 @@
-"""The presets of the inversion: their settings, and their objectives derived once more in float64."""
+"""Presets of the inversion: their settings, and their objectives rederived in float64."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ F64 = torch.float64
 
 
 def rederived(name, teacher, student, images, labels, pool, shift, flip):
-    """The loss of a preset, written out from the formulas."""
+    """Return the loss of a preset, written out from the formulas."""
     x = F.avg_pool2d(images, pool) if pool > 1 else images
     x = torch.roll(x, shift, (2, 3))
     x = x.flip(3) if flip else x
@@ -62,7 +62,7 @@ def test_presets_equal_their_formulas(name):
     if name == "datafree-deepinv":
         config = replace(config, mean=(0.5,), std=(0.2,))
     teacher = trained_like(SmallCNN(4, in_channels=channels)).double().eval()
-    # Sure and opposed, so that the clamps of the competition term bind for some images and not for all.
+    # Confident and opposed, so that the clamps of the competition term bind for some images but not all.
     student = trained_like(SmallCNN(3, in_channels=channels), 1).double().eval()
     with torch.no_grad():
         for model in (teacher, student):
