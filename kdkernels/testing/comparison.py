@@ -1,4 +1,4 @@
-"""Implementations of the same formula side by side: checked against the truth first, and only then timed."""
+"""Implementations of one formula side by side: checked against the true result first, and only then timed."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,20 +17,20 @@ from kdkernels.testing.timing import Timed, rotation
 Function = Callable[..., Any]
 MODES = ("forward", "backward", "full")
 COMPILE = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
-RIVALS_TOLERANCE = 20.0  # of ours: 16-bit intermediates cost them digits, but they compute the same
-SMALL = 1 << 20  # bytes of a tensor below which the overhead of a call counts, and which stays in a cache
-EXACT_ON_GPU = 512 << 20  # bytes of a tensor in fp64 up to which the truth is computed in fp64
+RIVALS_TOLERANCE = 20.0  # times ours: 16-bit intermediates cost digits, but the formula is the same
+SMALL = 1 << 20  # bytes; smaller tensors stay in a cache, and the overhead of a call matters
+EXACT_ON_GPU = 512 << 20  # bytes; the truth is computed in fp64 for tensors up to this size in fp64
 
 
 class Passes:
-    """A function on the tensors of a workload: forward, backward, and what the forward left for it.
+    """Forward and backward of a function on the tensors of a workload, with the state between them.
 
     Args:
-        function: what is called.
-        tensors: the first one gets a gradient.
-        cotangents: draws the incoming gradients of outputs; none for a loss, whose gradient is 1.
-        backend: that kdkernels takes for it.
-        sets: equal tensors to go on with, see :func:`rotating`; by default always the same.
+        function: Function to call.
+        tensors: Arguments; the first one gets a gradient.
+        cotangents: Function that draws the incoming gradients of the outputs; None for a loss, whose gradient is 1.
+        backend: Backend of kdkernels for the call.
+        sets: Iterator over equal sets of tensors, see :func:`rotating`; by default the same tensors are reused.
 
     """
 
@@ -48,13 +48,13 @@ class Passes:
         self.incoming: tuple[Tensor | None, ...] | None = None
 
     def clear(self) -> None:
-        """Forget the gradient and the graph, and go on to the next tensors."""
+        """Drop the gradient and the graph, and move on to the next set of tensors."""
         self.tensors[0].grad, self.outputs = None, ()
         if self.sets is not None:
             self.tensors = next(self.sets)
 
     def forward(self) -> None:
-        """Compute the outputs; the first time the incoming gradients are drawn as well."""
+        """Compute the outputs; the first call also draws the incoming gradients."""
         if self.backend == "auto":
             result = self.function(*self.tensors)
         else:
@@ -69,12 +69,12 @@ class Passes:
         torch.autograd.backward(self.outputs, self.incoming)
 
     def full(self) -> None:
-        """Do both."""
+        """Run forward and backward."""
         self.forward()
         self.backward()
 
     def results(self) -> list[Tensor]:
-        """Return outputs and gradient, of tensors that no later pass writes to."""
+        """Return the outputs and the gradient, which no later pass overwrites."""
         self.clear()
         self.full()
         gradient = self.tensors[0].grad
@@ -84,7 +84,7 @@ class Passes:
         return results
 
     def timed(self) -> dict[str, Timed]:
-        """Return the three modes of :data:`MODES`, each with what comes before it."""
+        """Return each of :data:`MODES` with its untimed preparation."""
 
         def clear_and_forward() -> None:
             self.clear()
@@ -98,7 +98,7 @@ class Passes:
 
 
 def rotating(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors and copies of them without end, so many that each comes from memory; of small ones no copy."""
+    """Cycle through the tensors and enough copies for each to come from memory; small tensors are not copied."""
     count = 1
     if max(t.nbytes for t in tensors) >= SMALL:
         count = rotation(sum(t.nbytes for t in tensors))
@@ -107,10 +107,10 @@ def rotating(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def true_results(workload: Workload, tensors: tuple[Tensor, ...], ours: Passes) -> list[Tensor]:
-    """Return outputs and gradient of the plain formula on the same numbers, in fp64.
+    """Return outputs and gradient of the plain formula on the same values, in fp64.
 
-    On a GPU large tensors are computed in fp32, where sums are taken in a tree. On a CPU that would not do: a norm of
-    ten million numbers in fp32 has an error of 3e-4.
+    On a GPU, large tensors are computed in fp32, where sums are tree reductions. On a CPU fp32 is too coarse: a norm of
+    ten million values has an error of 3e-4.
     """
     first = tensors[0]
     exact = torch.float64 if first.device.type == "cpu" or 8 * first.numel() <= EXACT_ON_GPU else torch.float32
@@ -126,7 +126,10 @@ def true_results(workload: Workload, tensors: tuple[Tensor, ...], ours: Passes) 
 
 
 def relative_error(found: list[Tensor], truth: list[Tensor]) -> float:
-    """Return the largest error of a result, as norm of the error over norm of the result; NaN if there is one."""
+    """Return the largest relative error in norm over the results.
+
+    It is infinite if shapes or numbers of results differ, and NaN if an error is NaN.
+    """
     if len(found) != len(truth):
         return float("inf")
     errors = []
@@ -139,13 +142,13 @@ def relative_error(found: list[Tensor], truth: list[Tensor]) -> float:
 
 @dataclass
 class Contest:
-    """Everybody who computes a workload, on the same tensors.
+    """All contenders on one workload and the same tensors, by name.
 
     Attributes:
-        passes: of those whose results are right.
-        errors: of the results, by name.
-        not_timed: why somebody is left out, by name.
-        compile_seconds: of the first call of what is compiled, in which it is compiled.
+        passes: Passes of the contenders whose results are right.
+        errors: Relative errors of the results.
+        not_timed: Reasons for excluding a contender.
+        compile_seconds: Seconds of a compiled contender's first call, which compiles it.
 
     """
 
@@ -163,39 +166,40 @@ def enter(
     compiled: Mapping[str, str | None] = COMPILE,
     after_each: Callable[[], None] = lambda: None,
 ) -> Contest:
-    """Compute a workload with everybody and compare with the truth; who differs, or does not run, is not timed.
+    """Run every contender on a workload and exclude those that fail or differ from the true result.
 
     Args:
-        workload: what is computed.
-        device: where.
-        ours: the backends of kdkernels, by the name under which they are timed; nobody is timed if the first is wrong.
-        rivals: other functions of the same tensors; eager PyTorch is always there.
-        compiled: modes of ``torch.compile`` for the eager formula, by name.
-        after_each: called after each, to give memory back.
+        workload: Row of the benchmark.
+        device: Device type of the tensors.
+        ours: Backends of kdkernels, by contender name. If the first is wrong, no contender is timed.
+        rivals: Other functions of the same tensors, by contender name. Eager PyTorch always takes part.
+        compiled: Modes of ``torch.compile`` for the eager formula, by contender name.
+        after_each: Function called after each contender, to release memory.
 
     """
     tensors = workload.make(device)
     tensors[0].requires_grad_()
     torch._dynamo.reset()
-    # One rotation for all: nobody finds in a cache what another has just read. A GPU's clock overwrites the cache.
+    # All contenders share one rotation, so none finds in a cache what another has just read. A GPU's clock overwrites
+    # the cache.
     sets = rotating(tensors) if device == "cpu" else None
-    everybody = {
+    contenders = {
         name: Passes(workload.ours, tensors, workload.cotangents, backend, sets) for name, backend in ours.items()
     }
     functions: dict[str, Function] = {"eager": workload.eager}
     functions |= {name: torch.compile(workload.eager, dynamic=False, mode=mode) for name, mode in compiled.items()}
     functions |= rivals
-    everybody |= {
+    contenders |= {
         name: Passes(function, tensors, workload.cotangents, sets=sets) for name, function in functions.items()
     }
     contest = Contest()
     first = next(iter(ours))
     try:
-        truth = true_results(workload, tensors, everybody[first])
+        truth = true_results(workload, tensors, contenders[first])
     except Exception as error:
-        contest.not_timed = dict.fromkeys(everybody, "not timed: ours failed") | {first: why_not(error)}
+        contest.not_timed = dict.fromkeys(contenders, "not timed: ours failed") | {first: why_not(error)}
         return contest
-    for name, passes in everybody.items():
+    for name, passes in contenders.items():
         allowed = workload.tolerance * (1.0 if name in ours else RIVALS_TOLERANCE)
         start = perf_counter()
         try:
@@ -219,7 +223,7 @@ def enter(
 
 
 def why_not(error: Exception) -> str:
-    """Return in a few words why something could not be run."""
+    """Return a short reason for an error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     if "was requested, but" in str(error):
@@ -228,7 +232,7 @@ def why_not(error: Exception) -> str:
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Return the most memory that a call has in use at once, beyond what was in use before it."""
+    """Return the peak memory of a call in bytes, beyond what was in use before it."""
     if device == "cpu":
         return _peak_on_cpu(call)
     torch.cuda.synchronize()
@@ -240,7 +244,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
 
 
 def _peak_on_cpu(call: Callable[[], Any]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each start and stop on the terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler logs every start and stop
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()

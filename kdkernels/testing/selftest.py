@@ -1,4 +1,4 @@
-"""Compares every op with its float64 reference on this machine, as the tests and ``kdkernels doctor`` do."""
+"""Compares every op with its float64 reference; used by the tests and ``kdkernels doctor``."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ from kdkernels.ops import _registry
 from kdkernels.ops._cases import Case, cases_of, registry
 
 ALLOWED_ULP = 4.0
-REFERENCE_ULP = 64.0  # the reference in fp32 or less, as a backend, has plain forms and no compensated sums
+REFERENCE_ULP = 64.0  # as a backend, the reference has plain formulas and no compensated sums
 COARSE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -22,10 +22,10 @@ class Accuracy:
     """The largest error of one result over a case's samples, in units in the last place of the result.
 
     Attributes:
-        name: of the case and the result.
-        ours: error of the kernels.
-        eager: error of the same formula in eager PyTorch in the same dtype.
-        allowed: what is allowed where eager PyTorch is nearer.
+        name: Name of the case and the result.
+        ours: Error of the kernels.
+        eager: Error of the same formula in eager PyTorch in the same dtype.
+        allowed: Error allowed if eager PyTorch is more accurate.
 
     """
 
@@ -36,7 +36,7 @@ class Accuracy:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is at most eager PyTorch's, or what is allowed."""
+        """Whether the error is at most eager PyTorch's or within the allowed error."""
         return self.ours <= max(self.eager, self.allowed)
 
 
@@ -53,7 +53,7 @@ class Report:
 
     @property
     def failures(self) -> list[Accuracy]:
-        """The rows that did not pass."""
+        """Rows that did not pass."""
         return [row for row in self.rows if not row.passed]
 
 
@@ -71,10 +71,10 @@ def results_of(
     """Return a function's outputs, then the gradients of its differentiable inputs for fixed random cotangents.
 
     Args:
-        function: takes the inputs.
-        inputs: of any dtype; those that are not floating are passed as they are.
-        differentiable: which inputs get a gradient.
-        dtype: what floating inputs are converted to first, if anything.
+        function: Function of the inputs.
+        inputs: Tensors of any dtype; integer tensors are passed unchanged.
+        differentiable: Positions of the inputs that get a gradient.
+        dtype: Dtype to which floating-point inputs are converted first; None keeps theirs.
 
     """
     leaves = list(inputs)
@@ -95,9 +95,9 @@ def results_of(
 
 
 def error_in_ulp(result: Tensor, truth: Tensor | np.ndarray) -> float:
-    """Return the largest error, in units in the last place of the largest magnitude of the true result.
+    """Return the largest error in units in the last place of the true result's largest magnitude.
 
-    Infinities and NaN have to be in the same places; the error is infinite otherwise.
+    The error is infinite unless infinities and NaN are in the same places.
     """
     found, exact = (
         np.asarray(x.detach().cpu().double() if isinstance(x, Tensor) else x).astype(np.longdouble)
@@ -120,7 +120,7 @@ def error_in_ulp(result: Tensor, truth: Tensor | np.ndarray) -> float:
 
 
 def reference_results(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return what the reference gives in float64: outputs, then gradients."""
+    """Return the reference's outputs, then its gradients, in float64."""
     with _registry.set_backend("reference"):
         return results_of(case.function, inputs, case.differentiable, torch.float64)
 
@@ -128,11 +128,11 @@ def reference_results(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def accuracy_of(
     case: Case, true_results: Callable[[Case, tuple[Tensor, ...]], Sequence[Tensor | np.ndarray]] = reference_results
 ) -> list[Accuracy]:
-    """Measure a case: one row for each output and for each gradient.
+    """Measure a case; return one row for each output and each gradient.
 
     Args:
-        case: what to measure.
-        true_results: gives the results to compare with; the float64 reference unless said otherwise.
+        case: Case to measure.
+        true_results: Function that returns the true results; the float64 reference by default.
 
     """
     worst: list[list[float]] = []
@@ -143,7 +143,7 @@ def accuracy_of(
         worst = worst or [[0.0, 0.0] for _ in ours]
         for errors, a, b, t in zip(worst, ours, eager, truth, strict=True):
             errors[0] = max(errors[0], error_in_ulp(a, t))
-            # Where eager gives 16 bits and the kernels 32, both are measured in the unit of the kernels' result.
+            # If eager returns 16 bits and the kernels 32, both are measured in units of the kernels' result.
             errors[1] = max(errors[1], error_in_ulp(b.to(a.dtype), t))
     outputs = len(worst) - len(case.differentiable)
     names = [f"output {i}" for i in range(outputs)] + [f"gradient {i}" for i in case.differentiable]
@@ -152,12 +152,12 @@ def accuracy_of(
 
 
 def run(*, ops: Iterable[str] | None = None, dtypes: Iterable[torch.dtype] = COARSE, device: str = "cpu") -> Report:
-    """Compare ops with the float64 reference: kernels up to 4 units in the last place, the reference itself up to 64.
+    """Compare ops with the float64 reference, allowing kernels 4 units in the last place and the reference itself 64.
 
     Args:
-        ops: Names of the folders of ops. Default: all.
-        dtypes: of the inputs; fp32, fp16 and bf16 by default. In fp64 the reference rounds as much as the kernels.
-        device: where the ops run.
+        ops: Names of the folders of ops; all by default.
+        dtypes: Dtypes of the inputs; fp32, fp16 and bf16 by default. In fp64 the reference rounds like the kernels.
+        device: Device type on which the ops run.
 
     """
     report = Report()

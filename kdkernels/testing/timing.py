@@ -1,4 +1,4 @@
-"""Timing calls against each other, so that a machine's moods hit all of them alike."""
+"""Timing calls in turns, so that fluctuations of the machine affect all of them equally."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class Timed:
-    """A call, and what has to happen before it without being timed.
+    """A call to time, with its untimed preparation.
 
     Attributes:
-        call: what is timed.
-        prepare: called first; gradients are cleared here, and the forward of a backward is run.
+        call: Call to time.
+        prepare: Called first; clears gradients, or runs the forward before a timed backward.
 
     """
 
@@ -25,14 +25,14 @@ class Timed:
 
 
 class Clock(Protocol):
-    """Something that can time a call."""
+    """Interface of a clock that times calls."""
 
     def measure(self, timed: Timed, ahead: float) -> tuple[float, float]:
-        """Return the seconds that a call took, and those in which the host issued it.
+        """Return the seconds that a call took, and the seconds that the host took to issue it.
 
         Args:
-            timed: what is timed.
-            ahead: for so many seconds the device is kept busy before it, for the host to get ahead.
+            timed: Call to time.
+            ahead: Seconds for which the device is kept busy beforehand, to let the host get ahead.
 
         """
 
@@ -40,18 +40,18 @@ class Clock(Protocol):
 class HostClock:
     """The host's clock, for calls that the host computes.
 
-    Each call follows another of the same that does not count: it met the code, the allocator and the branch predictors
-    as something else left them. Whether data comes from a cache is up to what is timed: see :func:`rotation`.
+    Every timed call follows an untimed one, which warms the code, the allocator and the branch predictors. Whether data
+    comes from a cache depends on the call; see :func:`rotation`.
     """
 
     def make_ready(self, timed: Timed) -> None:
-        """Bring everything into the state in which the call is to be timed."""
+        """Warm up and prepare the call."""
         timed.prepare()
         timed.call()
         timed.prepare()
 
     def measure(self, timed: Timed, ahead: float = 0.0) -> tuple[float, float]:
-        """Return the time of a call twice: the host computes what it issues."""
+        """Return the time of a call twice, because the host computes what it issues."""
         self.make_ready(timed)
         start = perf_counter()
         timed.call()
@@ -60,10 +60,10 @@ class HostClock:
 
 
 def rotation(input_bytes: int) -> int:
-    """Return how many copies of its inputs a call has to take in turn for them to come from memory, not from a cache.
+    """Return how many copies of its inputs a call must cycle through for them to come from memory instead of a cache.
 
-    That is twice the last cache, but 256 MB at most: servers share larger ones among many cores. To overwrite a cache
-    instead would also drive the interpreter out of it, which no training loop does.
+    The copies fill twice the last-level cache, at most 256 MB because servers share larger caches among many cores.
+    Overwriting the cache instead would also evict the interpreter, which no training loop does.
     """
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20}
@@ -72,11 +72,10 @@ def rotation(input_bytes: int) -> int:
 
 
 class DeviceClock:
-    """Events of a GPU around a call that starts from a cold cache, with the host ahead of the device.
+    """GPU events around a call that starts with a cold cache, with the host ahead of the device.
 
-    Before each call a buffer larger than the L2 cache is written, and the device is kept busy for as long as the host
-    needs to issue the call. What is timed is the device's work, neither the launches nor what an earlier call left in
-    the cache.
+    Before each call, a buffer larger than the L2 cache is written and the device is kept busy for as long as the host
+    needs to issue the call. The time therefore covers the device's work alone: no launch overhead and no cached data.
     """
 
     def __init__(self, device: int | None = None) -> None:
@@ -84,12 +83,12 @@ class DeviceClock:
         self._larger_than_cache = torch.empty(max(2 * cache, 128 << 20), dtype=torch.uint8, device="cuda")
         self._cycles_per_second = 1.0
         cycles = 5_000_000
-        for _ in range(2):  # the first one loads the kernel
+        for _ in range(2):  # the first iteration loads the kernel
             taken = self._between_events(lambda: torch.cuda._sleep(cycles))
         self._cycles_per_second = cycles / taken
 
     def measure(self, timed: Timed, ahead: float) -> tuple[float, float]:
-        """Return the time between the events, and the time in which the host issued the call."""
+        """Return the time between the events, and the time that the host took to issue the call."""
         timed.prepare()
         self._larger_than_cache.zero_()
         if ahead > 0:
@@ -114,7 +113,7 @@ class DeviceClock:
         return 1e-3 * milliseconds
 
 
-LONGEST_LEAD = 0.02
+LONGEST_LEAD = 0.02  # seconds
 
 
 def interleaved_rounds(
@@ -125,14 +124,14 @@ def interleaved_rounds(
     warm_up: int = 3,
     seconds: float = 5.0,
 ) -> dict[str, list[float]]:
-    """Time calls by turns, one call a turn, and return what each took in every round, in seconds.
+    """Time calls in turns, one of each per round, and return the seconds of each in every round.
 
     Args:
-        timed: by name.
-        clock: that times them.
-        rounds: at most so many.
-        warm_up: rounds before the first that counts; they show how far ahead the host has to be.
-        seconds: no further round is begun after so long, but three are timed at least.
+        timed: Calls to time, by name.
+        clock: Clock that times them.
+        rounds: Largest number of rounds.
+        warm_up: Untimed rounds at the start, which also measure the lead that the host needs.
+        seconds: Time after which no further round starts; at least three rounds are timed.
 
     """
     times: dict[str, list[float]] = {name: [] for name in timed}
@@ -151,18 +150,18 @@ def interleaved_rounds(
 
 
 def interleaved_medians(timed: Mapping[str, Timed], clock: Clock, **options: Any) -> dict[str, float]:
-    """Return the median of each call in :func:`interleaved_rounds`, in seconds."""
+    """Return the median seconds of each call in :func:`interleaved_rounds`."""
     return {name: median(taken) for name, taken in interleaved_rounds(timed, clock, **options).items()}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one call took as another, round by round.
+    """Ratio of one call's time to another's over the rounds.
 
     Attributes:
-        median: of the rounds.
-        low: the 10th percentile of the rounds.
-        high: the 90th percentile of the rounds.
+        median: Median over the rounds.
+        low: 10th percentile over the rounds.
+        high: 90th percentile over the rounds.
 
     """
 
@@ -172,21 +171,21 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """``"faster"``, ``"slower"``, or ``"tie"`` where the spread reaches to both sides of 1."""
+        """``"faster"``, ``"slower"``, or ``"tie"`` if the spread includes 1."""
         if self.low <= 1 <= self.high:
             return "tie"
         return "faster" if self.low > 1 else "slower"
 
 
 def pairwise_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Return how many times as long theirs took as ours, from the times of the same rounds.
+    """Return the ratio of their time to ours, from the times of the same rounds.
 
     Raises:
-        ValueError: the two have not the same number of rounds, or none.
+        ValueError: If the numbers of rounds differ or are zero.
 
     """
     if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"as many rounds of both are needed, and one at least; got {len(ours)} and {len(theirs)}")
+        raise ValueError(f"both calls need the same number of rounds, at least one; got {len(ours)} and {len(theirs)}")
     ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
     if len(ratios) == 1:
         return Ratio(ratios[0], ratios[0], ratios[0])
