@@ -1,5 +1,5 @@
-# Two commands on a fresh machine: `make demo` runs the main job, `make test` the tests.
-# PYTHON is the interpreter that the virtual environment is made from.
+# On a fresh machine, `make demo` runs data-free distillation and `make test` the tests.
+# PYTHON is the interpreter for the virtual environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,26 +13,26 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test test-all lint bench bench-full bench-compare sanitize check-cuda-build gpu clean
 
 help:
-	@echo "make demo      distil a digit classifier without data and write build/demo/"
+	@echo "make demo      distill a digit classifier without data and write build/demo/"
 	@echo "make test      run the tests"
-	@echo "make test-all  run the tests and the long checks: three seeds of the demo, installs in clean environments"
+	@echo "make test-all  also run the long checks: three seeds of the demo, installs in clean environments"
 	@echo "make lint      ruff, mypy, clang-format"
-	@echo "make bench     time the chief functions against PyTorch and other packages, and write build/bench/"
-	@echo "make bench-full  time everything: all functions, shapes and dtypes, routines, and how cost grows"
+	@echo "make bench     time the main functions against PyTorch and other packages, and write build/bench/"
+	@echo "make bench-full  time all functions, shapes, dtypes and routines, and the growth of cost"
 	@echo "make bench-compare BASE=revision  time this tree against another revision"
-	@echo "make sanitize  run the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make check-cuda-build  build with nvcc beside a CUDA version of PyTorch (a download of some GB), and test there"
-	@echo "make gpu       qualify a machine that has an NVIDIA GPU: build, test, benchmark with its own python3; report in"
-	@echo "               OUT (build/gpu); with DRY=1 whatever needs no device, anywhere"
+	@echo "make sanitize  test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make check-cuda-build  build with nvcc against a CUDA version of PyTorch (downloads several GB) and test"
+	@echo "make gpu       build, test and benchmark on a machine with an NVIDIA GPU, with its own python3; report in"
+	@echo "               OUT (build/gpu); DRY=1 runs the steps that need no device, on any machine"
 
-# What is installed once: PyTorch and what builds and tests use.
+# Installed once: PyTorch, the build tools and the test tools.
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing PyTorch, the build tools and the test tools"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r constraints.txt
 	touch $@
 
-# The package, in place: only compiled again when its C++ sources change.
+# The package, installed in place; compiled again only if its C++ sources change.
 $(VENV)/.build: $(VENV)/.dependencies setup.py $(CSRC)
 	@echo "== compiling kdkernels (KDKERNELS_BUILD=$${KDKERNELS_BUILD:-auto})"
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
@@ -57,9 +57,9 @@ lint: $(VENV)/.dependencies
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(EMULATOR) $(DRIVER))
 
-# Other packages to compare with. Each can be missing: the report says so. None may bring another PyTorch along.
+# Packages to compare with. A missing one is reported. None may install another PyTorch.
 $(VENV)/.rivals: $(VENV)/.build pyproject.toml
-	@echo "== installing the packages that kdkernels is compared with"
+	@echo "== installing the packages to compare with"
 	for package in $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']\
 	['optional-dependencies']['bench'])"); do \
 		$(BIN)/python -m pip install -q --no-deps "$$package" || echo "== $$package could not be installed"; \
@@ -67,21 +67,21 @@ $(VENV)/.rivals: $(VENV)/.build pyproject.toml
 	touch $@
 
 bench: $(VENV)/.rivals
-	@echo "== timing a chosen set against PyTorch and other packages: some minutes, results in build/bench/"
+	@echo "== timing the main functions against PyTorch and other packages: some minutes, results in build/bench/"
 	$(BIN)/python -m bench.run
 
 bench-full: $(VENV)/.rivals
 	@echo "== timing everything against PyTorch and other packages: half an hour or more, results in build/bench/"
 	$(BIN)/python -m bench.run --full
 
-# BASE is the revision to compare with; ONLY, if given, a text in the names of the workloads.
+# BASE is the revision to compare with. ONLY, if given, selects workloads by a part of their names.
 bench-compare: $(VENV)/.build
-	@echo "== timing this tree against $(BASE): building that takes a minute or two, results in build/compare/"
+	@echo "== timing this tree against $(BASE), which takes a minute or two to build; results in build/compare/"
 	$(BIN)/python -m bench.compare.run --base "$(BASE)" --only "$(ONLY)"
 
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.dependencies
-	@echo "== building the kernels under ASan and UBSan, and running their tests"
+	@echo "== building the kernels with ASan and UBSan and running their tests"
 	cmake -S . -B $(SANITIZED) -G Ninja -DKDKERNELS_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build $(SANITIZED)
 	cd kdkernels && find . -name '*.py' -exec cp --parents {} ../$(SANITIZED)/package/kdkernels/ \;
@@ -90,7 +90,7 @@ sanitize: $(VENV)/.dependencies
 	$(BIN)/python -m pytest -q -m "not slow" -k "not compile and not inductor and not export and not opcheck and not demo" \
 		python_tests/ops python_tests/package/test_math.py
 
-# Three equals signs: a CPU version of PyTorch also satisfies two.
+# Three equals signs, because a CPU version of PyTorch also satisfies two.
 CUDA_VENV := build/cuda/venv
 CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_TORCH := torch===2.13.0
@@ -102,7 +102,7 @@ $(CUDA_VENV)/.dependencies: pyproject.toml constraints.txt
 	touch $@
 
 check-cuda-build: $(CUDA_VENV)/.dependencies $(VENV)/.build
-	@echo "== building both libraries with nvcc, loading them, and running the tests beside a CUDA version of PyTorch"
+	@echo "== building both libraries with nvcc and testing them with a CUDA version of PyTorch"
 	rm -rf build/cuda/site && mkdir -p build/cuda/site && cp -r kdkernels build/cuda/site/
 	rm -f build/cuda/site/kdkernels/*.so
 	KDKERNELS_BUILD=cuda $(CUDA_BIN)/python setup.py -q build_ext --build-lib build/cuda/site --build-temp build/cuda/temp
@@ -111,10 +111,10 @@ check-cuda-build: $(CUDA_VENV)/.dependencies $(VENV)/.build
 	PYTHONPATH=$(CURDIR)/build/cuda/site $(CUDA_BIN)/pytest -q -m "not slow" \
 		python_tests/ops python_tests/package/test_math.py
 
-# No virtual environment and no network: what $(PYTHON) has installed is what is tested.
+# Needs no virtual environment and no network: tests with the packages that $(PYTHON) has.
 OUT ?= build/gpu
 gpu:
-	@echo "== qualifying kdkernels $(if $(DRY),without a device,on a GPU: nine minutes at most), report in $(OUT)/"
+	@echo "== testing kdkernels $(if $(DRY),without a device,on a GPU: nine minutes at most), report in $(OUT)/"
 	$(PYTHON) -m bench.gpu.run --output "$(OUT)" $(if $(DRY),--dry)
 
 clean:

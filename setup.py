@@ -1,14 +1,14 @@
-"""Builds the compiled halves of kdkernels.
+"""Builds the compiled libraries of kdkernels.
 
 ``KDKERNELS_BUILD`` decides what is built:
 
-- ``auto`` (default): the CPU kernels; the CUDA kernels too where nvcc is found and its major version is that of
-  torch's CUDA. Where it is not, one printed line says why.
+- ``auto`` (default): the CPU kernels, and the CUDA kernels if nvcc is found and its major version matches torch's CUDA.
+  Otherwise one printed line says why.
 - ``cpu``: the CPU kernels only.
-- ``cuda``: both, or an error that says what is missing.
-- ``none``: nothing; the package then computes with its pure PyTorch reference.
+- ``cuda``: both, or an error that names what is missing.
+- ``none``: nothing; the package then uses its pure PyTorch reference.
 
-Metadata is in pyproject.toml.
+The metadata is in pyproject.toml.
 """
 
 import os
@@ -50,13 +50,13 @@ def list_kernels(folder: Path) -> Path:
     headers = sorted(path.relative_to(ROOT / "csrc").as_posix() for path in ROOT.glob("csrc/*/cpu_kernels.h"))
     text = "".join(f'#include "{header}"\n' for header in headers)
     header = folder / "cpu_kernels_of_every_op.h"
-    if not header.exists() or header.read_text() != text:  # a newer file would be compiled again
+    if not header.exists() or header.read_text() != text:  # a rewritten header would trigger a rebuild
         header.write_text(text)
     return folder
 
 
 def find_nvcc() -> tuple[str, str] | None:
-    """The path of nvcc and its version, or None."""
+    """Return the path of nvcc and its version, or None."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
     nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -68,7 +68,7 @@ def find_nvcc() -> tuple[str, str] | None:
 
 
 def find_cuda_home(nvcc: str) -> Path | None:
-    """The folder whose include/ has cuda_runtime.h: nvcc on PATH may be a wrapper script somewhere else."""
+    """Return the folder with include/cuda_runtime.h; nvcc on PATH may be a wrapper script in another folder."""
     output = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, check=False, input="")
     tops = re.findall(r"_HERE_=(\S+)|TOP=(\S+)", output.stderr)
     candidates = [Path(here or top) for here, top in tops]
@@ -79,7 +79,7 @@ def find_cuda_home(nvcc: str) -> Path | None:
 
 
 def why_no_cuda(torch_cuda: str | None) -> str | None:
-    """Why the CUDA kernels cannot be built here, or None when they can."""
+    """Return why the CUDA kernels cannot be built here, or None if they can."""
     found = find_nvcc()
     if found is None:
         return f"no nvcc found (PATH, CUDA_HOME); torch was built for CUDA {torch_cuda}"
@@ -96,7 +96,7 @@ def why_no_cuda(torch_cuda: str | None) -> str | None:
 
 
 def cuda_architectures(torch_list: str) -> str:
-    """What is compiled for TORCH_CUDA_ARCH_LIST, in nvcc's words: sm_90 is machine code, compute_90 is PTX."""
+    """Return the nvcc targets for TORCH_CUDA_ARCH_LIST: sm_90 is machine code, compute_90 is PTX."""
     names = []
     for architecture in torch_list.replace(";", " ").split():
         number, _, ptx = architecture.partition("+")
@@ -109,7 +109,7 @@ def cuda_architectures(torch_list: str) -> str:
 
 
 def bound_jobs() -> None:
-    """One compile job a processor, fewer where memory is short, unless MAX_JOBS says otherwise."""
+    """Limit compile jobs to one per processor, and fewer if memory is short, unless MAX_JOBS is set."""
     if "MAX_JOBS" in os.environ or not hasattr(os, "sysconf"):
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -134,7 +134,7 @@ def extensions(mode: str) -> tuple[list, dict]:
             "macOS: xcode-select --install), name one in CXX, or set KDKERNELS_BUILD=none for the pure PyTorch "
             "package, which is slower."
         )
-    # nvcc must be looked for before torch settles on a CUDA home of its own.
+    # Look for nvcc before torch chooses its own CUDA home.
     missing = "KDKERNELS_BUILD=cpu" if mode == "cpu" else why_no_cuda(torch.version.cuda)
     if mode == "cuda" and missing is not None:
         raise SystemExit(f"kdkernels: KDKERNELS_BUILD=cuda, but {missing}")
@@ -176,7 +176,7 @@ def extensions(mode: str) -> tuple[list, dict]:
 
 if __name__ == "__main__":
     mode = build_mode()
-    # Only commands that compile need a compiler: not sdist, not metadata.
+    # Only commands that compile need a compiler; sdist and metadata do not.
     compiles = any(command.startswith(("build", "bdist", "install", "develop", "editable")) for command in sys.argv[1:])
     if mode == "none" or not compiles:
         if compiles:
