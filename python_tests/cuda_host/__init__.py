@@ -1,4 +1,4 @@
-"""CUDA kernels executed on the CPU, for tests: see build.py."""
+"""CUDA kernels executed on the CPU for tests; see build.py."""
 
 from .build import Emulator, Library, Variant, build, guarded, missing
 

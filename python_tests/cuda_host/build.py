@@ -1,6 +1,6 @@
-"""Compiles CUDA kernels for the emulator, and runs them from Python.
+"""Compiles CUDA kernels for the emulator and runs them from Python.
 
-A library has the kernels, their launchers (C linkage: raw pointers, numbers, a stream) and the emulator itself:
+A library contains the kernels, their launchers (C linkage: raw pointers, numbers, a stream) and the emulator:
 
     library = build([ROOT / "csrc/scale/cuda_kernels.cu"], "scale", "race", [ROOT])
     with Emulator(library, "warp_priority", seed=3, reads={"input": x}, writes={"output": y}) as emulator:
@@ -30,8 +30,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUTPUT = ROOT / "build" / "cuda_host"
 
-# A gnu-unique symbol would be shared between libraries, and contraction would differ from one machine to another. Views
-# of memory as vectors are the custom of CUDA.
+# Libraries must not share gnu-unique symbols, and every machine contracts alike. CUDA code views memory as vectors,
+# which breaks strict aliasing.
 COMMON = [
     "-std=c++17",
     "-fPIC",
@@ -42,12 +42,12 @@ COMMON = [
     f"-ffile-prefix-map={ROOT}=.",
 ]
 RUNTIME_FLAGS = [*COMMON, "-O2"]
-# -Og compiles templates in half the time of -O1, and kernels are a sixth slower.
+# -Og halves the compile time of -O1 for templates and makes kernels a sixth slower.
 KERNEL_FLAGS: dict[Variant, list[str]] = {
     "plain": ["-Og", "-g1"],
-    # The calls that this adds are answered by race.cpp.
+    # race.cpp defines the functions that this calls.
     "race": ["-Og", "-g1", "-fsanitize=thread"],
-    # Traps need no library of the compiler, and the emulator makes them errors. Merged, they would lose their lines.
+    # Traps need no compiler library, and the emulator reports them as errors. Merged traps would lose their lines.
     "undefined": [
         *["-Og", "-g1", "-fsanitize=undefined,alignment,bounds", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
         *["-fsanitize-undefined-trap-on-error", "-fno-crossjumping", "-fno-tree-tail-merge"],
@@ -56,7 +56,7 @@ KERNEL_FLAGS: dict[Variant, list[str]] = {
 
 
 class Library(ctypes.CDLL):
-    """Kernels with the emulator that runs them."""
+    """Kernels linked with the emulator that runs them."""
 
     def __init__(self, path: Path, variant: Variant):
         super().__init__(str(path))
@@ -69,7 +69,7 @@ class Library(ctypes.CDLL):
 
 
 class Counters(ctypes.Structure):
-    """Launches so far, and the shape of the last one."""
+    """Number of launches so far, and the shape of the last one."""
 
     _fields_ = (
         ("launches", ctypes.c_ulonglong),
@@ -80,16 +80,16 @@ class Counters(ctypes.Structure):
 
 
 def compiler() -> str:
-    """The C++ compiler: CXX, else g++."""
+    """Return the C++ compiler: CXX if set, else g++."""
     return os.environ.get("CXX", "g++")
 
 
 def missing() -> str | None:
-    """Why kernels cannot be executed here, or None."""
+    """Return why kernels cannot be executed here, or None if they can."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
-        return "CUDA kernels are executed on the CPU on x86-64 Linux only"
+        return "CUDA kernels run on the CPU only under x86-64 Linux"
     if shutil.which(compiler().split()[0]) is None:
-        return f"CUDA kernels are executed on the CPU with g++, and {compiler()} is not installed"
+        return f"CUDA kernels need g++ to run on the CPU, and {compiler()} is not installed"
     return None
 
 
@@ -102,7 +102,7 @@ def build(
     flags: Iterable[str] = (),
     link: Iterable[str] = (),
 ) -> Library:
-    """Compiles and loads kernels; what has not changed is not compiled again."""
+    """Compile and load kernels; unchanged sources are not compiled again."""
     if reason := missing():
         raise RuntimeError(reason)
     include_flags = [f"-I{path}" for path in (HERE / "include", *include)]
@@ -115,7 +115,7 @@ def build(
         objects.append(_compiled(source.resolve(), flags))
     key = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()[:16]
     path = OUTPUT / f"{name}-{variant}-{key}.so"
-    # Its own functions, even where CUDA's runtime is loaded too.
+    # Bind to the emulator's own functions even if CUDA's runtime is loaded too.
     _produce(path, [*compiler().split(), "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects), *link])
     return Library(path, variant)
 
@@ -131,7 +131,7 @@ def _compiled(source: Path, flags: list[str]) -> Path:
 
 
 def _produce(path: Path, command: list[str]) -> None:
-    """Runs the command with -o, unless its result is there; two processes may do so at once."""
+    """Run the command with -o unless its result exists; safe in concurrent processes."""
     if path.exists():
         return
     OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def _produce(path: Path, command: list[str]) -> None:
 
 
 def extent(tensor: torch.Tensor) -> int:
-    """Bytes from the first element to the end of the last one in memory."""
+    """Return the bytes from the first element to the end of the last one in memory."""
     if tensor.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -152,7 +152,7 @@ def extent(tensor: torch.Tensor) -> int:
 
 
 class Emulator:
-    """Launches in one order of threads, with the tensors that their kernels may read or write.
+    """Launches kernels under one schedule, with the tensors that they may read or write.
 
     Only the race build checks accesses against the tensors; every build names them in errors.
     """
@@ -186,17 +186,17 @@ class Emulator:
 
     @property
     def counters(self) -> Counters:
-        """Launches so far, and the shape of the last one."""
+        """Number of launches so far, and the shape of the last one."""
         return self.library.cuda_host_counters()
 
     def check(self, code: int) -> None:
-        """Raises what the emulator says of a launcher's error."""
+        """Raise the emulator's description of a launcher's error."""
         if code:
             name, text = self.library.cuda_host_error_name(code), self.library.cuda_host_last_error_text()
             raise RuntimeError(f"{name.decode()}: {text.decode()}")
 
     def launch(self, launcher: str, *arguments: Any) -> None:
-        """Calls a launcher: tensors as pointers, None as a null pointer, integers as 64 bits, the rest as ctypes."""
+        """Call a launcher: tensors become pointers, None a null pointer, integers 64 bits; ctypes are unchanged."""
         self.check(getattr(self.library, launcher)(*map(_argument, arguments)))
 
 
@@ -209,7 +209,7 @@ def _argument(value: Any) -> Any:
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy that ends where memory that must not be touched begins."""
+    """Return a contiguous copy that ends at an inaccessible page."""
     size = tensor.numel() * tensor.element_size()
     pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, pages + mmap.PAGESIZE)

@@ -1,4 +1,4 @@
-// Barriers and warp collectives: threads wait until the last one that is named arrives.
+// Barriers and warp collectives: threads wait until the last participant arrives.
 #include <initializer_list>
 
 #include "runtime.h"
@@ -37,7 +37,7 @@ std::string describe_wait(const Thread& thread) {
   }
 }
 
-// The lane that a shuffle reads, by the rules of the instruction shfl
+// Lane that a shuffle reads, by the rules of the shfl instruction
 int source_lane(const Thread& thread, int own) {
   const int first = own & ~(thread.width - 1), last = first + thread.width - 1;
   switch (thread.operation) {
@@ -81,7 +81,7 @@ void compute(Thread* threads, unsigned members) {
   }
 }
 
-// Lets the lanes of a mask go on if all of them have come. Lanes that left the kernel are not waited for.
+// Releases the lanes of a mask once all have arrived; lanes that left the kernel do not count.
 void try_to_complete(int warp_index, unsigned mask) {
   Warp& warp = launched.warps[warp_index];
   Thread* threads = &launched.threads[warp_index * warp_size];
@@ -94,8 +94,8 @@ void try_to_complete(int warp_index, unsigned mask) {
   for (int lane = 0; lane < warp_size; ++lane) {
     if (!(members >> lane & 1)) continue;
     if (threads[lane].operation != first.operation || !(threads[lane].site == first.site)) {
-      fail("lanes of one warp meet at different places: thread " + describe(first.index) + " " + describe_wait(first) +
-           "; thread " + describe(threads[lane].index) + " " + describe_wait(threads[lane]));
+      fail("lanes of one warp meet at different collectives: thread " + describe(first.index) + " " +
+           describe_wait(first) + "; thread " + describe(threads[lane].index) + " " + describe_wait(threads[lane]));
     }
   }
   compute(threads, members);

@@ -48,7 +48,7 @@ static void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from.context, &t
 
 #else
 
-// Saves what a function must preserve and its stack pointer, and returns on the other stack.
+// Saves the callee-saved registers and the stack pointer, and returns on the other stack.
 extern "C" void cuda_host_switch(void** from, void* to);
 __asm__(R"(
 .text
@@ -73,7 +73,7 @@ cuda_host_switch:
 )");
 
 static void start(Fiber& fiber, void (*entry)()) {
-  // Six registers, entry as the address to return to, and none above it: aligned as after a call.
+  // Six registers, entry as the return address, and a null above it: aligned as after a call.
   void** top = reinterpret_cast<void**>(fiber.stack + stack_bytes);
   for (int i = 1; i <= 8; ++i) top[-i] = nullptr;
   top[-2] = reinterpret_cast<void*>(entry);

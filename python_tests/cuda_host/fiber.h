@@ -1,4 +1,4 @@
-// A fiber: a stack of its own and the place where it stopped. All fibers run on one thread of the CPU.
+// A fiber: its own stack and the place where it stopped. All fibers run on one CPU thread.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ inline constexpr size_t stack_bytes = 64 << 10;
 inline constexpr size_t page_bytes = 4 << 10;
 
 struct Fiber {
-  unsigned char* stack;  // its lowest byte, above a guard page
+  unsigned char* stack;  // lowest byte, above a guard page
 #if defined(CUDA_HOST_PORTABLE_FIBER)
   ucontext_t context;
 #else
@@ -26,14 +26,14 @@ struct Fiber {
   bool guards(uintptr_t address) const { return address - (uintptr_t(stack) - page_bytes) < page_bytes; }
 };
 
-// A fiber that will run entry, which must not return, from a pool that only grows.
+// Takes a fiber from a pool that only grows; it will run entry, which must not return.
 Fiber* take_fiber(void (*entry)());
 void return_fiber(Fiber* fiber);
-// From the scheduler to a fiber, and back
+// Switch from the scheduler to a fiber, and back
 void resume(Fiber* fiber);
 void suspend();
 
-// Bytes that end at a page which must not be touched
+// Bytes that end at an inaccessible page
 unsigned char* map_guarded(size_t bytes);
 void unmap_guarded(unsigned char* memory, size_t bytes);
 

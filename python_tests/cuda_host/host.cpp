@@ -1,4 +1,4 @@
-// The host's functions of CUDA, and the hooks for Python
+// CUDA's host functions, and the hooks for Python
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace {
 
 struct Counters {
   unsigned long long launches;
-  unsigned long long dynamic_shared_bytes;  // of the last launch, as the rest
+  unsigned long long dynamic_shared_bytes;  // of the last launch, like the shapes below
   unsigned int grid[3];
   unsigned int block[3];
 };
@@ -45,7 +45,7 @@ std::string refused(const cudaLaunchConfig_t& config, const void* kernel) {
   const auto raised = raised_shared_bytes.find(kernel);
   const size_t limit = raised == raised_shared_bytes.end() ? unraised_shared_bytes : raised->second;
   if (config.dynamicSmemBytes > limit) {
-    return std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory where " + std::to_string(limit) +
+    return std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory, but " + std::to_string(limit) +
            " are allowed";
   }
   return "";
@@ -59,7 +59,7 @@ cudaError_t cuda_host::launch(const cudaLaunchConfig_t& config, const Call& call
   if (!reason.empty()) {
     launched.call = call;
     return remember(reason.find("shared") == std::string::npos ? cudaErrorInvalidConfiguration : cudaErrorInvalidValue,
-                    "kernel " + kernel_name() + " is not launched: " + reason + "; grid " + describe(uint3(grid)) +
+                    "kernel " + kernel_name() + " cannot be launched: " + reason + "; grid " + describe(uint3(grid)) +
                         ", block " + describe(uint3(block)));
   }
   counters = {counters.launches + 1, config.dynamicSmemBytes, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}};
@@ -86,7 +86,7 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  // What is known of the last launch says more than the name of its error.
+  // The text of the last launch says more than the name of its error.
   if (error != cudaSuccess && error == last_error && !last_text.empty()) return last_text.c_str();
   switch (error) {
     case cudaSuccess:
@@ -123,13 +123,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       {cudaDevAttrComputeCapabilityMinor, 0},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 228 << 10},
   };
-  if (device != 0) return remember(cudaErrorInvalidValue, "there is one device, 0");
+  if (device != 0) return remember(cudaErrorInvalidValue, "the only device is 0");
   if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
     *value = max_shared_bytes;
     return cudaSuccess;
   }
   const auto found = values.find(attribute);
-  if (found == values.end()) return remember(cudaErrorInvalidValue, "a device attribute that the emulator lacks");
+  if (found == values.end())
+    return remember(cudaErrorInvalidValue, "the emulator does not support this device attribute");
   *value = found->second;
   return cudaSuccess;
 }
@@ -146,7 +147,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > max_shared_bytes) {
-    return remember(cudaErrorInvalidValue, std::to_string(value) + " bytes of dynamic shared memory where the device " +
+    return remember(cudaErrorInvalidValue, std::to_string(value) + " bytes of dynamic shared memory, but the device " +
                                                "has " + std::to_string(max_shared_bytes));
   }
   raised_shared_bytes[kernel] = size_t(value);
@@ -157,7 +158,7 @@ namespace cuda_host {
 
 bool memory_is_open = false;
 
-// The writable mapping of the process that holds an address
+// Returns the process's writable mapping that contains an address.
 Region* open_mapping(uintptr_t address) {
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {
@@ -191,13 +192,13 @@ const char* cuda_host_last_error_text() { return last_text.c_str(); }
 const char* cuda_host_error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
 Counters cuda_host_counters() { return counters; }
 
-// With 0, the usual limit; what kernels have raised is forgotten.
+// 0 restores the usual limit; limits raised for kernels are reset.
 void cuda_host_set_max_shared(int bytes) {
   max_shared_bytes = bytes ? bytes : usual_max_shared_bytes;
   raised_shared_bytes.clear();
 }
 
-// Kernels that are called by way of torch may touch all that the process has: what torch gives them is not known here.
+// Kernels called through torch may access the whole process: the emulator does not know torch's allocations.
 void cuda_host_open_memory(int open) { cuda_host::memory_is_open = open != 0; }
 
 void cuda_host_register_tensor(const void* address, size_t bytes, int writable, const char* name) {

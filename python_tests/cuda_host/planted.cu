@@ -1,5 +1,5 @@
-// Kernels with one bug each, and the same kernels without it: a checker that cannot fail proves nothing. All of them
-// take 4 blocks of 128 threads, a value for each thread, and room for a result of each thread.
+// Kernels with one bug each, and the same kernels without it: a checker that cannot fail proves nothing. Each runs in
+// 4 blocks of 128 threads, with one input value and one result per thread.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -17,8 +17,8 @@ constexpr unsigned full_mask = 0xffffffff;
 struct Arguments {
   const float* input;
   float* output;
-  float* partials;       // a float for each block
-  unsigned int* ticket;  // zero at first
+  float* partials;       // one per block
+  unsigned int* ticket;  // initially zero
 };
 
 __device__ int own() { return int(blockIdx.x * threads + threadIdx.x); }
@@ -153,7 +153,7 @@ __global__ void own_lane_in_mask(Arguments a) {
   a.output[own()] = __shfl_sync(planted ? 0x0000ffffu : full_mask, a.input[own()], int(threadIdx.x % 32));
 }
 
-// What a lane gives that has left is unknown.
+// The value of a lane that has left is undefined.
 template <bool planted>
 __global__ void shuffle_from_gone(Arguments a) {
   if (threadIdx.x % 32 == 31) return;
@@ -206,7 +206,7 @@ __global__ void given_pointer(Arguments a) {
   a.output[own()] = (planted ? a.partials : a.input)[own()];
 }
 
-// No tail call: what the deeper call gives is still needed.
+// Not a tail call: the sum needs the result of the deeper call.
 __device__ float depth(volatile float* frame, int calls) {
   volatile float own_frame[64];
   for (int i = 0; i < 64; ++i) own_frame[i] = frame[i % 2];
@@ -260,7 +260,7 @@ LAUNCHER(past_static_shared)
 LAUNCHER(given_pointer)
 LAUNCHER(bounded_stack)
 
-// A launch of nothing in any shape; shared_limit is asked for the kernel where it is not zero.
+// Launches an empty kernel in any shape; a nonzero shared_limit raises the kernel's limit first.
 extern "C" cudaError_t planted_empty(int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t block_x, int64_t block_y,
                                      int64_t block_z, int64_t shared_bytes, int64_t shared_limit, cudaStream_t stream) {
   if (shared_limit) {

@@ -1,6 +1,6 @@
-// Finds data races, and accesses outside of what a kernel was given: the compiler calls the __tsan_ functions at the
-// end of this file before every access. Barriers, __syncwarp, and fence + atomic + fence order accesses; shuffles and
-// the order in which the emulator happens to run threads do not.
+// Finds data races and accesses outside a kernel's tensors: the compiler calls the __tsan_ functions at the end of this
+// file before every access. Barriers, __syncwarp, and fence + atomic + fence order accesses; shuffles and the
+// emulator's schedule do not.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -12,24 +12,24 @@
 namespace cuda_host {
 namespace {
 
-// Grows with every event that orders accesses, over all launches: what came before a launch or a block is stale.
+// Grows with every event that orders accesses, over all launches; accesses before a launch or a block are stale.
 using Time = uint32_t;
 
 struct Access {
   uint32_t thread;  // in the grid
   Time time;        // 0: none
   uint32_t code;    // offset in the library
-  uint8_t bytes;    // of the cell, a bit each
+  uint8_t bytes;    // one bit for each byte of the cell
   bool write, atomic;
 };
 
-// The last accesses to four bytes. Of more readers than fit, those of different warps are kept.
+// The last accesses to four bytes. If there are more readers than fit, those of different warps are kept.
 constexpr size_t cell_bytes = 4;
 struct Cell {
   Access accesses[4];
 };
 
-// The releases up to a time at an address, which a thread has acquired
+// A thread's acquisition of the releases at an address up to a time
 struct Address;
 struct Acquired {
   const Address* address;
@@ -38,8 +38,8 @@ struct Acquired {
 };
 using Acquisitions = std::vector<Acquired>;
 
-// What a thread knows to come before it, besides its own accesses: up to known[lane] those of a lane of its warp, up to
-// barrier those of its block, and what it acquired.
+// Accesses ordered before a thread, besides its own: those of a lane of its warp up to known[lane], those of its block
+// up to barrier, and those that it acquired
 using Lanes = std::array<Time, warp_size>;
 struct Fence {
   Time time;
@@ -60,8 +60,8 @@ struct Address {
 struct Knowledge {
   Lanes known;
   Acquisitions acquired;
-  Acquisitions pending;  // by atomics, and not yet by a fence
-  Fence fences[2];       // the last one for the block, and for the device
+  Acquisitions pending;  // by an atomic without a later fence
+  Fence fences[2];       // the last fence of block scope and of device scope
 };
 
 Time now = 0;
@@ -83,7 +83,7 @@ void add(Acquisitions& all, const Acquired& one) {
   all.push_back(one);
 }
 
-// Whether what is known in a block at a barrier, at a fence or now includes a past access
+// Whether a block's acquisitions at a barrier, at a fence or now cover a past access
 bool covers(const Acquisitions& acquired, uint32_t block, const Access& past, const Address* except = nullptr);
 
 bool covers(const Release& release, const Access& past, const Address* address) {
@@ -119,7 +119,7 @@ bool is_ordered(const Access& past, uintptr_t address) {
     const uint32_t place = place_of(past.thread);
     if (int(place) / warp_size == launched.running / warp_size && past.time < own.known[place % warp_size]) return true;
   }
-  if (past.atomic) {  // a thread comes after the atomics whose result its own atomic at that address saw
+  if (past.atomic) {  // this thread's own atomic at that address saw the result of the past one
     const Address* changed = &addresses[address];
     for (const Acquisitions* all : {&own.pending, &own.acquired, &std::as_const(acquired_by_block)}) {
       for (const Acquired& one : *all) {
@@ -152,7 +152,7 @@ void visit(Cell& cell, const Access& access, Time since, uintptr_t address) {
       if (!ordered && (past.write || access.write) && !(past.atomic && access.atomic)) {
         fail("race on " + describe_data(address) + ": " + describe_access(past) + "; " + describe_access(access));
       }
-      // Whatever comes after this access comes after that one too.
+      // Every access ordered after this one is also ordered after that one.
       if (ordered && (access.write || !past.write) && !(past.bytes & ~access.bytes)) past.time = 0;
     }
     const bool same_warp = past.thread / warp_size == access.thread / warp_size;
@@ -190,7 +190,7 @@ void check(void* pointer, size_t bytes, bool write, bool atomic, void* code) {
   const uintptr_t address = uintptr_t(pointer);
   if (launched.threads[launched.running].fiber->holds(address)) return;
   Region* region = find(address, bytes);
-  // The call instruction, not what follows it
+  // The call instruction instead of its successor
   const uintptr_t calling = uintptr_t(code) - 1;
   if (!region) {
     if (library.holds(address, bytes)) return;
@@ -198,7 +198,7 @@ void check(void* pointer, size_t bytes, bool write, bool atomic, void* code) {
   }
   if (!region || (write && !region->writable)) {
     fail(std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes " +
-         (region ? "in what is only read: " : "outside of the tensors: ") + describe_data(address) + ", by thread " +
+         (region ? "to read-only memory: " : "outside the tensors: ") + describe_data(address) + ", by thread " +
          describe(threadIdx) + ", " + describe_code(reinterpret_cast<const void*>(calling)));
   }
   if (!region->writable) return;

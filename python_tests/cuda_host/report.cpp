@@ -1,4 +1,4 @@
-// Names for what stands in an error: threads, places in the source, memory
+// Descriptions for errors: threads, source lines, memory
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -14,7 +14,7 @@ std::string without_dots(std::string path) {
   return path;
 }
 
-// What addr2line says of an address: the function and file:line, of inlined functions outwards.
+// Output of addr2line for an address: function and file:line, from the innermost inlined function outwards.
 std::vector<std::string> lines_of(const void* address) {
   Dl_info info;
   if (!dladdr(address, &info)) return {};
@@ -48,7 +48,7 @@ std::string describe_code(const void* address) {
   std::string text;
   for (size_t i = 1; i < lines.size(); i += 2) {
     const std::string line = without_dots(lines[i].substr(0, lines[i].find(" (discriminator")));
-    // Outwards only as far as the kernel
+    // Stop at the kernel
     if (line.find("cuda_host/include") != std::string::npos && !text.empty()) break;
     text += (text.empty() ? "" : ", inlined at ") + line;
   }
@@ -62,7 +62,7 @@ std::string kernel_name() {
   for (const std::string noise : {"(anonymous namespace)::", "void "}) {
     for (size_t at; (at = name.find(noise)) != std::string::npos;) name.erase(at, noise.size());
   }
-  // Up to the parameters, which a parenthesis outside of template arguments opens
+  // Cut before the parameters, which start at a parenthesis outside template arguments.
   size_t end = 0;
   for (int depth = 0; end < name.size() && (depth || name[end] != '('); ++end) {
     depth += (name[end] == '<') - (name[end] == '>');

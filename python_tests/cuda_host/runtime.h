@@ -1,4 +1,4 @@
-// The state of the launch that runs: shared by the scheduler, the collectives and the race detector.
+// State of the running launch, shared by the scheduler, the collectives and the race detector
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,16 +19,16 @@ struct Thread {
   uint3 index;
   State state;
   Fiber* fiber;
-  // What it waits at
+  // The call at which it waits
   Site site;
   Collective operation;
   unsigned mask;
-  uint64_t value;  // given; the result afterwards
+  uint64_t value;  // passed in; the result afterwards
   int lane, width;
 };
 
 struct Warp {
-  unsigned gone;  // lanes that left the kernel or never were
+  unsigned gone;  // lanes that left the kernel or never existed
   unsigned waiting;
 };
 
@@ -38,7 +38,7 @@ struct Region {
   uintptr_t begin = 0;
   size_t bytes = 0;
   bool writable = true;
-  void* shadow = nullptr;  // of the race detector
+  void* shadow = nullptr;  // for the race detector
   size_t shadow_bytes = 0;
 
   bool holds(uintptr_t address, size_t size) const {
@@ -51,15 +51,15 @@ struct Launch {
   Call call;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  int running = -1;  // the thread; -1 outside of a kernel
+  int running = -1;  // index of the thread; -1 outside a kernel
   int at_barrier;
   int gone;
-  unsigned long long block;  // its linear index
+  unsigned long long block;  // linear index
   std::string error;
 };
 extern Launch launched;
 
-// What watches a launch in the race build
+// Observes a launch in the race build
 class Observer {
  public:
   virtual void forget_tensors() = 0;
@@ -73,23 +73,23 @@ class Observer {
 extern Observer* observer;
 
 extern std::vector<Region> tensors;
-extern bool memory_is_open;  // to kernels, beyond the tensors
+extern bool memory_is_open;  // whether kernels may access memory beyond the tensors
 Region* open_mapping(uintptr_t address);
 extern Region static_shared;
 extern Region dynamic_region;
-extern Region library;  // code and data of the library of kernels
+extern Region library;  // code and data of the kernel library
 
 void make_ready(int thread);
-// Ends the launch with this error; called by a thread of a kernel.
+// Ends the launch with this error; called from a kernel thread.
 [[noreturn]] void fail(const std::string& text);
 void leave_kernel();
-// Called by the scheduler when no thread can go on, with threads left.
+// Describes a deadlock; called by the scheduler when threads are left but none can run.
 std::string deadlock();
 
 std::string describe(const uint3& index);
 std::string describe(Site site);
 std::string describe_code(const void* address);
-// "8 bytes past the end of tensor x"
+// For example "8 bytes past the end of tensor x"
 std::string describe_data(uintptr_t address);
 std::string kernel_name();
 

@@ -1,4 +1,4 @@
-// Runs the blocks of a launch one after another, and the threads of a block in the order of the schedule.
+// Runs the blocks of a launch one after another, and the threads of a block as the schedule orders them.
 #include <link.h>
 #include <signal.h>
 #include <ucontext.h>
@@ -32,14 +32,14 @@ Region library = named("static data");
 
 namespace {
 
-// Has the dynamic linker give this library a segment of thread-local memory, even without a __shared__ variable.
+// Makes the dynamic linker give this library a thread-local segment even without a __shared__ variable.
 thread_local volatile char anchor;
 
 Schedule schedule = Schedule::fifo;
 uint64_t seed = 0;
 std::mt19937_64 generator;
 
-// Each thread has a rank in the order of the schedule; a set of ranks, with the threads that can go on
+// Rank of each thread in the schedule and the inverse map; ready is the set of ranks whose threads can run.
 int order[max_threads];
 int rank_of[max_threads];
 uint64_t ready[max_threads / 64];
@@ -54,7 +54,7 @@ int next_ready(int from) {
 
 int pick(int last) {
   const int count = int(launched.threads.size());
-  int from = 0;  // the first warp in the order, whenever it can go on
+  int from = 0;  // under warp_priority, the first thread that can run
   if (schedule == Schedule::random) from = int(generator() % count);
   if (schedule == Schedule::fifo || schedule == Schedule::reverse) from = (last + 1) % count;
   const int found = next_ready(from);
@@ -77,7 +77,7 @@ void order_threads() {
   for (int i = 0; i < count; ++i) rank_of[order[i]] = i;
 }
 
-// A one-to-one map of the blocks, without a list of them: there may be 2^31.
+// A permutation of the blocks without a list of them: there may be 2^31.
 struct BlockOrder {
   unsigned long long count, factor = 1, offset = 0;
 
@@ -124,7 +124,7 @@ int find_library(dl_phdr_info* info, size_t, void*) {
 void find_shared_memory() {
   anchor = 0;
   dl_iterate_phdr(find_library, nullptr);
-  // It ends at a guard page and starts at a multiple of 16 bytes.
+  // Dynamic shared memory ends at a guard page and starts at a multiple of 16 bytes.
   const size_t bytes = launched.config.dynamicSmemBytes, rounded = (bytes + 15) / 16 * 16;
   static unsigned char* mapped = nullptr;
   static size_t mapped_bytes = 0;
@@ -175,14 +175,14 @@ void run_block(unsigned long long block) {
   }
   if (launched.error.empty() && launched.gone < count) launched.error = deadlock();
   if (launched.error.empty()) return;
-  // What stands on the stacks of an ended launch is abandoned.
+  // Objects on the stacks of a failed launch are abandoned.
   for (Thread& thread : launched.threads) {
     if (thread.fiber) return_fiber(thread.fiber);
   }
   std::fill(std::begin(ready), std::end(ready), 0);
 }
 
-// A fault of a kernel ends the launch and not the process: the handler leaves its own stack for the scheduler's.
+// A fault in a kernel ends the launch instead of the process: the handler switches to the scheduler's stack.
 constexpr int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 struct sigaction before_launch[4];
 
@@ -195,7 +195,7 @@ const void* faulting_code(const void* context) {
 }
 
 void on_fault(int signal, siginfo_t* info, void* context) {
-  if (launched.running < 0) {  // not a kernel's: as if this handler had never been
+  if (launched.running < 0) {  // not in a kernel: restore the previous handler
     for (int i = 0; i < 4; ++i) {
       if (faults[i] == signal) sigaction(signal, &before_launch[i], nullptr);
     }
@@ -208,7 +208,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   if (signal == SIGILL) fail("undefined behavior" + place);
   if (signal == SIGFPE) fail("integer division by zero" + place);
   if (!address) fail("access through a null pointer, or misaligned vector access" + place);
-  fail("access outside of memory: " + describe_data(address) + place);
+  fail("access outside memory: " + describe_data(address) + place);
 }
 
 class FaultHandler {

@@ -1,12 +1,12 @@
-// The scheduler, as the host's functions see it
+// Interface of the scheduler for the host functions
 #pragma once
 
 #include "runtime.h"
 
 namespace cuda_host {
 
-// In the order of the index; in the opposite one; at random; and by random priorities of warps, where one warp runs as
-// far ahead as barriers let it. Blocks are ordered likewise.
+// By index, by descending index, at random, or by random warp priorities, where one warp runs as far ahead as barriers
+// allow. Blocks follow the same order; warp priorities order them at random.
 enum class Schedule { fifo, reverse, random, warp_priority };
 
 void set_schedule(Schedule kind, uint64_t seed);

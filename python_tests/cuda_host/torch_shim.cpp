@@ -1,5 +1,5 @@
-// What the bindings of csrc/cuda ask torch for that a torch without a GPU does not have. Linked beside them, these
-// definitions are found first: CPU tensors are on the one device, whose stream is the null stream.
+// Functions that the CUDA bindings need and that a CPU build of torch lacks. Linked with the bindings, these
+// definitions are found first: CPU tensors are on the only device, whose stream is the null stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 extern "C" {

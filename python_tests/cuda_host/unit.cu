@@ -1,5 +1,5 @@
-// Correct kernels with what production kernels are made of. They are plain CUDA C++: run on a GPU, they say whether the
-// emulator is right.
+// Correct kernels built from the parts of production kernels. They are plain CUDA C++, so a run on a GPU validates the
+// emulator.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -31,7 +31,7 @@ __device__ float warp_sum(float value) {
   return value;
 }
 
-// The sum over the block, in every thread; may be called again at once.
+// Returns the sum over the block in every thread; may be called again immediately.
 __device__ float block_sum(float value) {
   __shared__ float partial[threads / 32];
   value = warp_sum(value);
@@ -43,7 +43,7 @@ __device__ float block_sum(float value) {
   return sum;
 }
 
-// A block for each row: its values divided by their sum
+// One block per row: divides its values by their sum.
 __global__ void __launch_bounds__(threads)
     normalize_kernel(const float* __restrict__ rows, int64_t columns, float* __restrict__ normal) {
   const float* row = rows + blockIdx.x * columns;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(threads)
   for (int64_t i = threadIdx.x; i < columns; i += threads) normal[blockIdx.x * columns + i] = row[i] / check;
 }
 
-// Every block leaves a partial sum; the block that takes the last ticket adds them in order.
+// Every block writes a partial sum; the block with the last ticket adds them in order.
 __global__ void __launch_bounds__(threads) ticketed_sum_kernel(const float* __restrict__ values, int64_t count,
                                                                float* partials, unsigned int* ticket, float* total) {
   __shared__ bool last;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(threads) ticketed_sum_kernel(const float* __re
   }
 }
 
-// A sum over each block without a barrier of the block: the warp that takes the last ticket adds.
+// Sums over each block without a block barrier: the warp with the last ticket adds the partial sums.
 __global__ void __launch_bounds__(threads)
     last_warp_kernel(const float* __restrict__ values, float* __restrict__ sums) {
   __shared__ float partial[threads / 32];
@@ -117,8 +117,8 @@ __global__ void transpose_kernel(const float* __restrict__ input, int64_t rows, 
   }
 }
 
-// Inclusive sums within each warp, by shuffles and once more through shared memory; -1 where the two differ, or where
-// a vote does.
+// Inclusive prefix sums within each warp, by shuffles and through shared memory; -1 if the two differ or a vote is
+// wrong.
 __global__ void __launch_bounds__(threads) prefix_kernel(const int* __restrict__ values, int* __restrict__ sums) {
   __shared__ int copy[threads];
   const int lane = threadIdx.x % 32, first = threadIdx.x - lane, index = blockIdx.x * threads + threadIdx.x;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(threads) prefix_kernel(const int* __restrict__
   const unsigned odd = __ballot_sync(full_mask, sum % 2 != 0);
   bool agree = again == sum && ((odd >> lane & 1) != 0) == (sum % 2 != 0);
   agree = agree && __any_sync(full_mask, lane == 7) && !__all_sync(full_mask, lane == 7);
-  // Each half of the warp for itself
+  // Each half of the warp separately
   const unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
   if (lane < 16) {
     agree = agree && __shfl_sync(half, lane, 3, 16) == 3;

@@ -1,4 +1,4 @@
-"""The emulator of python_tests/cuda_host: right kernels are right in any order, and planted bugs are found."""
+"""The emulator in python_tests/cuda_host: correct kernels pass in any order, and planted bugs are found."""
 
 import ctypes
 import functools
@@ -123,14 +123,14 @@ SOURCE = (HERE / "planted.cu").read_text().splitlines()
 
 
 def place(kernel, text):
-    """The first line with this text from the definition of this function on, as it stands in a report."""
+    """Return a pattern for the first line with this text in a kernel, as a report names it."""
     start = next(i for i, line in enumerate(SOURCE) if re.search(rf"(void|float) {kernel}\(", line))
     line = next(i for i in range(start, len(SOURCE)) if text in SOURCE[i])
     return rf"python_tests/cuda_host/planted\.cu:{line + 1}\b"
 
 
 def planted(kernel, variant, order="fifo", seed=0, bug=True):
-    """right, wrong, or the text of the error; of two launches one after the other."""
+    """Return "right", "wrong" or the error of two consecutive launches."""
     values = guarded(torch.arange(512.0) % 37 + 1)
     partials, ticket = unknown(4), guarded(torch.zeros(1, dtype=torch.int32))
     writes = {"partials": partials, "ticket": ticket}
@@ -172,8 +172,8 @@ def expected(kernel, values):
 
 
 RACE = r"race on .*(read|write|atomic) by thread .*; (read|write|atomic) by thread .*planted\.cu:\d+"
-# What plain builds do in order, plain builds with warp priorities, builds with UBSan, and race builds; None where
-# the outcome is a matter of luck.
+# Outcomes in plain builds in order, in plain builds with warp priorities, with UBSan, and in race builds; None if the
+# outcome is undetermined.
 BUGS = {
     "barrier_before_read": ("wrong", "wrong", "wrong", RACE),
     "barrier_before_overwrite": ("right", "wrong", "right", RACE),
@@ -191,11 +191,11 @@ BUGS = {
     "own_lane_in_mask": (r"__shfl_sync with mask 0x0000ffff, .*: the mask does not name its own lane",) * 4,
     "shuffle_from_gone": ("wrong",) * 4,
     "unaligned_vector": (None, None, "undefined behavior", None),
-    "past_tensor": (*(r"outside of memory: just past the end of tensor input",) * 3, "read of 4 bytes outside"),
-    "write_to_input": ("wrong", "wrong", "wrong", "write of 4 bytes in what is only read: byte .* of tensor input"),
+    "past_tensor": (*(r"outside memory: just past the end of tensor input",) * 3, "read of 4 bytes outside"),
+    "write_to_input": ("wrong", "wrong", "wrong", "write of 4 bytes to read-only memory: byte .* of tensor input"),
     "past_dynamic_shared": (
-        *("outside of memory: just past the end of dynamic shared memory",) * 3,
-        "write of 4 bytes outside of the tensors: just past the end of dynamic shared memory",
+        *("outside memory: just past the end of dynamic shared memory",) * 3,
+        "write of 4 bytes outside the tensors: just past the end of dynamic shared memory",
     ),
     "past_static_shared": ("wrong", "wrong", "undefined behavior", RACE),
     "given_pointer": (*("null pointer|address 0x",) * 2, "undefined behavior", "read of 4 bytes outside"),
@@ -244,7 +244,7 @@ def test_reports_name_the_lines():
     assert re.search(place("unaligned_vector", "float4*>"), planted("unaligned_vector", "undefined"))
 
 
-# The host's side
+# The host side
 
 
 def empty(grid=(1, 1, 1), block=(32, 1, 1), shared=0, limit=0, max_shared=0):
@@ -275,16 +275,16 @@ def test_launches_within_limits():
         ({"grid": (2**31, 1, 1)}, r"InvalidConfiguration.*more than 2\^31 - 1 blocks"),
         ({"grid": (1, 65536, 1)}, "InvalidConfiguration.*more than 65535 blocks in y or z"),
         ({"grid": (1, 1, 65536)}, "InvalidConfiguration.*more than 65535 blocks in y or z"),
-        ({"shared": (48 << 10) + 1}, "InvalidValue.*49153 bytes of dynamic shared memory where 49152 are allowed"),
-        ({"shared": 65537, "limit": 65536}, "InvalidValue.*65537 bytes of dynamic shared memory where 65536"),
-        ({"limit": 232449}, "InvalidValue.*232449 bytes of dynamic shared memory where the device has 232448"),
+        ({"shared": (48 << 10) + 1}, "InvalidValue.*49153 bytes of dynamic shared memory, but 49152 are allowed"),
+        ({"shared": 65537, "limit": 65536}, "InvalidValue.*65537 bytes of dynamic shared memory, but 65536"),
+        ({"limit": 232449}, "InvalidValue.*232449 bytes of dynamic shared memory, but the device has 232448"),
         ({"limit": 101377, "max_shared": 101376}, "InvalidValue.*101377 bytes .* the device has 101376"),
     ],
 )
 def test_launches_beyond_limits(shape, text):
     with pytest.raises(RuntimeError, match=text):
         empty(**shape)
-    # Nothing is left of the refusal.
+    # The refusal leaves no error behind.
     empty()
 
 

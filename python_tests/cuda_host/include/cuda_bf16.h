@@ -1,4 +1,4 @@
-// bfloat16 as a storage type: there is no arithmetic on it.
+// bfloat16 as a storage type without arithmetic
 #pragma once
 
 #include "cuda_runtime.h"
@@ -17,7 +17,7 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; 
 
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 
-// To nearest, ties to even
+// Rounds to nearest, ties to even
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   const uint32_t bits = __float_as_uint(value);
   if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fff};

@@ -1,4 +1,4 @@
-// IEEE half precision as a storage type: there is no arithmetic on it.
+// IEEE half precision as a storage type without arithmetic
 #pragma once
 
 #include "cuda_runtime.h"
@@ -18,11 +18,11 @@ inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline float __half2float(__half x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | magnitude << 13);
-  // With its exponent read as a float's, the value is 2^112 times too small, subnormal or not.
+  // Read with a float's exponent bias, the value is 2^112 times too small, subnormal or not.
   return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude << 13) * 0x1p112f));
 }
 
-// To nearest, ties to even
+// Rounds to nearest, ties to even
 inline __half __float2half_rn(float value) {
   const uint32_t bits = __float_as_uint(value), magnitude = bits & 0x7fffffff;
   const unsigned short sign = bits >> 16 & 0x8000;

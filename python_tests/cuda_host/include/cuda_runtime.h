@@ -1,5 +1,5 @@
-// Test-only stand-in for NVIDIA's header: CUDA C++ that nvcc compiles becomes C++ whose threads are fibers of one
-// thread of the CPU. It has what the kernels of this project use, and nothing else compiles.
+// Test-only stand-in for NVIDIA's header: compiles CUDA C++ as plain C++ whose threads are fibers on one CPU thread.
+// It declares only what the kernels of this project use.
 #pragma once
 
 #include <cmath>
@@ -14,11 +14,11 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Every variable of a block lands in the one thread-local segment of the library: easy to find and to poison.
+// All shared variables land in the library's thread-local segment, which is easy to find and to poison.
 #define __shared__ static thread_local
 #define KDKERNELS_DYNAMIC_SHARED(name) unsigned char* const name = ::cuda_host::dynamic_shared()
 
 #include "cuda_host/vector_types.h"
-// Vector types come first
+// After the vector types, which both use
 #include "cuda_host/device.h"
 #include "cuda_host/host.h"

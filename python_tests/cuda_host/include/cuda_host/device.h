@@ -1,10 +1,10 @@
-// What a kernel calls: its position, barriers, warp collectives, atomics and intrinsics
+// Device side: thread position, barriers, warp collectives, atomics and intrinsics
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-// Not const, although CUDA's are: the runtime changes them whenever another thread goes on.
+// Not const, unlike CUDA's: the emulator changes them when it switches threads.
 extern uint3 threadIdx;
 extern uint3 blockIdx;
 extern dim3 blockDim;
@@ -13,7 +13,7 @@ extern const int warpSize;
 
 namespace cuda_host {
 
-// Where a kernel calls
+// Place of a call in a kernel
 struct Site {
   const char* file;
   int line;
@@ -25,13 +25,13 @@ enum class Collective { syncwarp, shuffle, shuffle_xor, shuffle_up, shuffle_down
 unsigned char* dynamic_shared();
 void sync_threads(Site site);
 void fence(bool whole_device);
-// One thread's part in a collective of the lanes in mask; what it gets is the same bits that another lane gave, or
-// a mask of lanes, or ~0 (poison) where it asked a lane that does not take part.
+// One thread's part in a collective of the lanes in mask. Returns the bits that another lane passed, a mask of lanes,
+// or ~0 (poison) if the requested lane does not participate.
 uint64_t meet(Collective operation, unsigned mask, uint64_t value, int lane, int width, Site site);
 
 template <class T>
 T shuffle(Collective operation, unsigned mask, T value, int lane, int width, Site site) {
-  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "what CUDA can shuffle");
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "CUDA shuffles numbers of 4 or 8 bytes");
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
   bits = meet(operation, mask, bits, lane, width, site);
@@ -49,7 +49,7 @@ To reinterpret(From value) {
 
 }  // namespace cuda_host
 
-// The last parameter of whatever can wait; a default argument is evaluated where the function is called.
+// Last parameter of every function that can wait; a default argument is evaluated at the call site.
 #define CUDA_HOST_SITE ::cuda_host::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 inline void __syncthreads(CUDA_HOST_SITE) { cuda_host::sync_threads(site); }
@@ -109,7 +109,7 @@ inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-// Built with -ffp-contract=off, so that a product and a sum stay two operations
+// Unlike on a device, the compiler may fuse a product and a sum (-ffp-contract=fast).
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }

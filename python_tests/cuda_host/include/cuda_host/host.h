@@ -1,4 +1,4 @@
-// What a launcher calls
+// Host side: the runtime functions that launchers call
 #pragma once
 
 #include <tuple>
@@ -77,7 +77,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 
 namespace cuda_host {
 
-// A kernel with its arguments: every thread calls run(arguments).
+// A kernel and its arguments; every thread calls run(arguments).
 struct Call {
   const void* kernel;
   void (*run)(const void* arguments);
@@ -91,7 +91,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call);
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "as many arguments as the kernel has parameters");
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments),
+                "the number of arguments must equal the number of kernel parameters");
   auto bound = std::make_pair(kernel, std::tuple<std::decay_t<Parameters>...>(std::forward<Arguments>(arguments)...));
   using Bound = decltype(bound);
   auto run = [](const void* opaque) {

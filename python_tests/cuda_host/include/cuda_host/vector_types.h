@@ -1,4 +1,4 @@
-// Vector types with the alignment that they have in CUDA
+// Vector types with CUDA's alignment
 #pragma once
 
 #define CUDA_HOST_VECTOR_TYPES(scalar, name, align2, align4)                        \
