@@ -1,7 +1,7 @@
-"""What a build beside a CUDA version of PyTorch has to have, GPU or not; run by ``make check-cuda-build``.
+"""Checks of a build against a CUDA version of PyTorch, with or without a GPU; run by ``make check-cuda-build``.
 
-The checks that a machine without a GPU can make: both libraries load, every op has its CUDA kernel, fake CUDA tensors
-go through eager, compiled and exported code, and the CPU library built by a CPU version of PyTorch serves here too.
+Both libraries load, every op has its CUDA kernel, fake CUDA tensors pass through eager, compiled and exported code, and
+the CPU library built against a CPU version of PyTorch works here too.
 """
 
 import importlib.util
@@ -56,7 +56,7 @@ def test_every_op_has_a_kernel_of_every_kind():
 
 
 def recorded(function, shapes, device):
-    """The ops of a function on fake tensors."""
+    """Return the ops that a function calls on fake tensors, and its result."""
     names = []
 
     def backend(graph, _inputs):
@@ -71,7 +71,7 @@ def recorded(function, shapes, device):
 
 
 @calls
-def test_fake_cuda_tensors_take_the_cuda_kernels(function, shapes):
+def test_fake_cuda_tensors_use_the_cuda_kernels(function, shapes):
     with FakeTensorMode():
         result = function(*(torch.empty(shape, device="cuda") for shape in shapes))
     assert result.device.type == "cuda"
@@ -93,8 +93,8 @@ def test_export(function, shapes):
     assert "kdkernels" in str(program.graph)
 
 
-def test_the_library_of_another_torch_serves_here(tmp_path):
-    """KDKERNELS_OTHER_LIBRARY: kdkernels/_C built beside a CPU version of PyTorch."""
+def test_the_library_of_another_torch_works_here(tmp_path):
+    """KDKERNELS_OTHER_LIBRARY names a kdkernels/_C built against a CPU version of PyTorch."""
     other = Path(os.environ["KDKERNELS_OTHER_LIBRARY"])
     package = Path(kdkernels.__file__).parent
     ignored = shutil.ignore_patterns("_C.*", "_cuda.*", "__pycache__")
@@ -113,5 +113,5 @@ def test_the_library_of_another_torch_serves_here(tmp_path):
     assert result.stdout.split() == ["native"]
 
 
-def test_triton_is_there():
+def test_triton_is_installed():
     assert importlib.util.find_spec("triton") is not None

@@ -1,5 +1,5 @@
-"""The CUDA kernels compiled by nvcc, without a GPU: no spills, registers and shared memory within their budgets, and
-16-byte loads in the machine code."""
+"""CUDA kernels compiled by nvcc without a GPU: no spills, registers and shared memory within budget, and 16-byte loads
+in the machine code."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-kernel_resources = pytest.importorskip("bench.gpu.kernel_resources", reason="the tests run without the source tree")
+kernel_resources = pytest.importorskip("bench.gpu.kernel_resources", reason="the source tree is not available")
 
 if kernel_resources.nvcc() is None:
-    pytest.skip("nvcc is not installed: the CUDA kernels are not compiled here", allow_module_level=True)
+    pytest.skip("nvcc is not installed, so the CUDA kernels cannot be compiled", allow_module_level=True)
 if kernel_resources.cuobjdump() is None:
-    pytest.skip("cuobjdump, which comes with Triton, is not installed: no code to look at", allow_module_level=True)
+    pytest.skip(
+        "cuobjdump, which comes with Triton, is not installed, so machine code cannot be inspected",
+        allow_module_level=True,
+    )
 
 
 @pytest.fixture(scope="module")

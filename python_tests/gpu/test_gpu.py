@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, streams, a host that never waits, and values that nobody checks."""
+"""What only a GPU can show: CUDA graphs, streams, a host that never waits, and values that are not checked."""
 
 import gc
 import importlib.util
@@ -15,7 +15,9 @@ import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products need it
 if not torch.cuda.is_available():
-    pytest.skip("PyTorch finds no CUDA device; `make gpu` runs these tests where there is one", allow_module_level=True)
+    pytest.skip(
+        "PyTorch finds no CUDA device; `make gpu` runs these tests on a machine with one", allow_module_level=True
+    )
 
 from contract import TARGET, Call
 from torch import Tensor
@@ -47,7 +49,7 @@ def classes(*shape: int, count: int) -> Tensor:
 
 
 def calls() -> Iterator[Call]:
-    """Every public function, with the options that lead to other kernels."""
+    """Yield a call of every public function, and of every option that selects another kernel."""
     rows, maps = (normal(64, 1000), normal(64, 1000, seed=1)), (normal(2, 19, 24, 33), normal(2, 19, 24, 33, seed=1))
     labels, both = classes(64, count=1000), (0, 1)
     yield Call("kl_div_with_logits", kl_div_with_logits, rows, both)
@@ -93,7 +95,7 @@ def _native():
 
 @dataclass
 class Prepared:
-    """A call on tensors of its own, whose gradients come from fixed incoming ones."""
+    """A call with its own leaf tensors and fixed incoming gradients."""
 
     call: Call
     leaves: tuple[Tensor, ...]
@@ -122,7 +124,7 @@ def same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def captured(function: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """Capture a call in a CUDA graph, after calls on another stream that load and compile what it needs."""
+    """Capture a call in a CUDA graph, after warm-up calls on another stream that load and compile its kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -137,7 +139,7 @@ def captured(function: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
 
 @contextmanager
 def waiting_raises() -> Iterator[None]:
-    """Make whatever lets the host wait for the device an error."""
+    """Turn every wait of the host for the device into an error."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -157,7 +159,7 @@ def check_no_wait(call: Call) -> None:
 
 
 def check_graph(call: Call) -> None:
-    """A graph of forward and backward, replayed on other numbers, gives the bits of the calls themselves."""
+    """A graph of forward and backward, replayed on other values, matches the calls themselves bit for bit."""
     of_call = prepared(call)
     graph, results = captured(of_call.results)
     for factor in (1.0, -0.7):
@@ -211,7 +213,7 @@ def _count_of_tensors(function: Any) -> int:
 
 @every_call
 def test_two_streams_at_once(call):
-    """They share nothing: no workspace, no ticket."""
+    """Calls on two streams share no workspace and no ticket."""
     first, second = prepared(call), prepared(replace(call, inputs=tuple(reversed_halves(x) for x in call.inputs)))
     expected = [of_call.results() for of_call in (first, second)]
     torch.cuda.synchronize()
@@ -231,7 +233,7 @@ def reversed_halves(x: Tensor) -> Tensor:
     return x.flip(0) if x.dim() > 1 else x
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a second GPU is needed")
 @every_call
 def test_another_device_than_the_current_one(call):
     same_bits(prepared(call, "cuda:1").results(), prepared(call).results())
@@ -239,7 +241,7 @@ def test_another_device_than_the_current_one(call):
 
 @pytest.mark.parametrize("label", [100, -1])
 def test_a_label_out_of_range(label):
-    """It is NaN where nobody looks at it, and an error where kdkernels.set_debug has somebody look."""
+    """The loss is NaN by default, and kdkernels.set_debug turns the label into an error."""
     labels = classes(8, count=100)
     labels[3] = label
     student = normal(8, 100).requires_grad_()
@@ -266,7 +268,7 @@ def test_a_temperature_on_the_device_that_is_not_positive():
 
 
 def test_a_gpu_that_was_not_compiled_for(monkeypatch):
-    """An explicit request raises with the capability and what there is; auto goes on with another backend."""
+    """An explicit request raises, naming the capability and the compiled architectures; auto uses another backend."""
     major, minor = torch.cuda.get_device_capability()
     monkeypatch.setitem(_loader._compiled, "_cuda", {**_loader._compiled["_cuda"], "architectures": ["sm_10"]})
     monkeypatch.setattr(_loader, "_devices", {})
@@ -277,7 +279,7 @@ def test_a_gpu_that_was_not_compiled_for(monkeypatch):
         assert kl_div_with_logits(*rows).isfinite()
 
 
-# Triton, whose kernels are compiled at their first call
+# Triton kernels, compiled at their first call
 
 
 @of_triton

@@ -1,4 +1,4 @@
-"""The kernels that the emulator of cuda_host/ is tested with, on the device that it stands for."""
+"""The kernels that test the emulator in cuda_host/, run on a real device."""
 
 import ctypes
 import inspect
@@ -11,7 +11,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    pytest.skip("PyTorch finds no CUDA device; `make gpu` runs these tests where there is one", allow_module_level=True)
+    pytest.skip(
+        "PyTorch finds no CUDA device; `make gpu` runs these tests on a machine with one", allow_module_level=True
+    )
 
 import test_cuda_emulator as emulator_tests
 
@@ -44,7 +46,7 @@ def unit_kernels(tmp_path_factory) -> ctypes.CDLL:
     ids=lambda test: getattr(test, "__name__", None) or f"{test.func.__name__}, {test.keywords['dtype']}",
 )
 def test_the_emulators_kernels(test, unit_kernels, monkeypatch):
-    """What the tests of the emulator assert of it holds of the device."""
+    """The device passes the tests of the emulator."""
 
     def run(_variant, _order, _seed, launcher, reads, writes, *arguments, times=1):
         on_device = {name: x.cuda() for name, x in {**reads, **writes}.items()}

@@ -1,4 +1,4 @@
-"""Memory of a GPU: what a loss takes beyond its inputs, and tensors of more elements than 32 bits count."""
+"""GPU memory: the peak of a loss beyond its inputs, and tensors with more elements than 32 bits can count."""
 
 import gc
 from functools import partial
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    pytest.skip("PyTorch finds no CUDA device; `make gpu` runs these tests where there is one", allow_module_level=True)
+    pytest.skip(
+        "PyTorch finds no CUDA device; `make gpu` runs these tests on a machine with one", allow_module_level=True
+    )
 
 from contract import TARGET
 from torch import Tensor
@@ -82,7 +84,7 @@ def needs_memory(gib: float) -> None:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gib:
-        pytest.skip(f"takes {gib:g} GiB of a GPU's memory, of which {free:.1f} are free")
+        pytest.skip(f"needs {gib:g} GiB of GPU memory, of which {free:.1f} GiB are free")
 
 
 def norm_of_error(found: Tensor, expected: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The choice of a backend, and what is said about it."""
+"""Selection of a backend, and its explanations."""
 
 import importlib.util
 import subprocess
@@ -17,7 +17,7 @@ def logits():
     return torch.randn(3, 4), torch.randn(3, 4)
 
 
-def test_choice_is_a_function_and_a_context():
+def test_set_backend_is_a_function_and_a_context():
     assert kdkernels.get_backend() == "auto"
     with kdkernels.set_backend("reference"):
         assert kdkernels.get_backend() == "reference"
@@ -43,16 +43,16 @@ def test_a_request_never_falls_back():
         kl_div_with_logits(*logits())
 
 
-def test_a_device_without_kernels_takes_the_reference():
-    """The meta device has no kernels of ours."""
+def test_a_device_without_kernels_uses_the_reference():
+    """kdkernels has no kernels for the meta device."""
     s, t = (x.to("meta") for x in logits())
     assert kl_div_with_logits(s, t).device.type == "meta"
     with kdkernels.set_backend("native"), pytest.raises(RuntimeError, match="no native kernel of softmax_divergence"):
         kl_div_with_logits(s, t)
 
 
-def test_choice_is_guarded_in_compiled_code():
-    """A compiled function follows a later choice."""
+def test_selection_is_guarded_in_compiled_code():
+    """A compiled function follows a later selection."""
     torch._dynamo.reset()
     seen = []
 
@@ -70,7 +70,7 @@ def test_choice_is_guarded_in_compiled_code():
 
 
 class _OldGpu:
-    """Kernels for sm_80 and sm_90 beside a GPU of compute capability 7.5, as far as can be seen from Python."""
+    """Pretends to Python that kernels for sm_80 and sm_90 meet a GPU of compute capability 7.5."""
 
     def __init__(self, monkeypatch):
         ops = {op for op, _, _ in _registry._kernels} or {"softmax_divergence"}
@@ -84,7 +84,7 @@ class _OldGpu:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
 
 
-def test_a_gpu_without_code_takes_triton(monkeypatch):
+def test_a_gpu_without_code_uses_triton(monkeypatch):
     _OldGpu(monkeypatch)
     op, device = _registry._ops["softmax_divergence"], torch.device("cuda", 0)
     assert op.choose(device) == "triton"
@@ -96,7 +96,7 @@ def test_a_gpu_without_code_takes_triton(monkeypatch):
         op.choose(device)
 
 
-def test_without_triton_the_reference_is_left(monkeypatch):
+def test_without_triton_the_reference_remains(monkeypatch):
     monkeypatch.setattr(_loader, "_missing", {"_cuda": "the CUDA kernels were not built"})
     monkeypatch.setattr(_registry, "_kernels", {k for k in _registry._kernels if k[2] != "cuda"})
     find_spec = importlib.util.find_spec
@@ -115,10 +115,10 @@ def test_without_triton_the_reference_is_left(monkeypatch):
         ((8, 9), ["sm_80"], True),  # machine code runs on later minor versions
         ((9, 0), ["sm_80"], False),
         ((8, 0), ["sm_86"], False),
-        ((12, 0), ["sm_80", "sm_90", "compute_90"], True),  # PTX on everything later
+        ((12, 0), ["sm_80", "sm_90", "compute_90"], True),  # PTX runs on every later GPU
         ((7, 5), ["sm_80", "compute_80"], False),
         ((9, 0), ["sm_90a"], True),
-        ((10, 0), ["sm_90a", "compute_90a"], False),  # code for one GPU alone
+        ((10, 0), ["sm_90a", "compute_90a"], False),  # code for one GPU only
     ],
 )
 def test_architectures(capability, architectures, served):

@@ -1,4 +1,4 @@
-"""Building: the switch, the errors, and packages made from the source distribution."""
+"""The build switch, build errors, and packages built from the source distribution."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the tests run without the source tree")
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the source tree is not available")
 
 
 def build(*arguments, cwd=ROOT, **environment):
@@ -30,7 +30,7 @@ def test_unknown_switch():
     assert "KDKERNELS_BUILD is 'gpu'; accepted are auto, cpu, cuda, none" in result.stderr
 
 
-def test_no_compiler_is_an_error_that_names_the_way_out():
+def test_a_missing_compiler_is_an_error_with_a_remedy():
     result = build("build_ext", KDKERNELS_BUILD="auto", CXX="no-such-compiler")
     assert result.returncode != 0
     assert "no C++ compiler: 'no-such-compiler' was not found" in result.stderr
@@ -57,7 +57,7 @@ def install(source: Path, target: Path, mode: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def source_distribution(tmp_path_factory):
-    """The source distribution, made from a copy of the tree, so that nothing but it can be found."""
+    """The source distribution, made from a copy of the tree so that nothing else can be found."""
     copy = tmp_path_factory.mktemp("tree") / "kdkernels"
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, copy, ignore=ignored)
@@ -87,7 +87,7 @@ def backend_in(site, environment):
 
 @pytest.mark.parametrize(("build", "backend"), [("none", "reference"), ("cpu", "native")])
 def test_the_source_distribution_installs(source_distribution, tmp_path, build, backend):
-    """With the kernels, and without a compiler."""
+    """It installs with kernels, and without a compiler."""
     site = tmp_path / "site"
     environment = install(source_distribution, site, build)
     assert backend_in(site, environment) == backend
@@ -96,7 +96,7 @@ def test_the_source_distribution_installs(source_distribution, tmp_path, build, 
 
 @pytest.mark.slow
 def test_isolated_build(source_distribution, tmp_path):
-    """Plain pip install, which sets up a build environment of its own."""
+    """A plain pip install creates its own build environment."""
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", source_distribution],
         env={**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")},
