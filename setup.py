@@ -44,12 +44,12 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def list_kernels(folder: Path) -> Path:
-    """Write the header that includes the CPU kernels of every op, for csrc/isa; return its folder."""
+def list_headers(folder: Path, name: str) -> Path:
+    """Write <stem>_of_every_op.h, which includes that header of every op that has one; return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    headers = sorted(path.relative_to(ROOT / "csrc").as_posix() for path in ROOT.glob("csrc/*/cpu_kernels.h"))
+    headers = sorted(path.relative_to(ROOT / "csrc").as_posix() for path in ROOT.glob(f"csrc/*/{name}"))
     text = "".join(f'#include "{header}"\n' for header in headers)
-    header = folder / "cpu_kernels_of_every_op.h"
+    header = folder / f"{Path(name).stem}_of_every_op.h"
     if not header.exists() or header.read_text() != text:  # a rewritten header would trigger a rebuild
         header.write_text(text)
     return folder
@@ -140,7 +140,8 @@ def extensions(mode: str) -> tuple[list, dict]:
         raise SystemExit(f"kdkernels: KDKERNELS_BUILD=cuda, but {missing}")
     say("building the CPU kernels" + (f"; no CUDA kernels: {missing}" if missing else " and the CUDA kernels"))
     bound_jobs()
-    includes = [pybind11.get_include(), str(ROOT / "csrc"), str(list_kernels(ROOT / "build" / "generated"))]
+    generated = list_headers(ROOT / "build" / "generated", "cpu_kernels.h")
+    includes = [pybind11.get_include(), str(ROOT / "csrc"), str(generated)]
     define = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     flags = (
         ["/O2"]

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from setup import list_kernels
+from setup import list_headers
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = ROOT / "bench/budgets/instructions.json"
@@ -70,7 +70,9 @@ def run(*command: str | Path) -> str:
 
 def build(folder: Path) -> Path:
     """Compile the kernels and the driver into a folder and return the program."""
-    flags = [*PYTHON_FLAGS, *FLAGS, STANDARD, f"-I{ROOT / 'csrc'}", f"-I{list_kernels(folder)}"]
+    for name in ("cpu_kernels.h", "counted.h"):
+        list_headers(folder, name)
+    flags = [*PYTHON_FLAGS, *FLAGS, STANDARD, f"-I{ROOT / 'csrc'}", f"-I{folder}"]
     objects = [folder / "kernels.o", folder / "driver.o"]
     with ThreadPoolExecutor() as pool:
         list(

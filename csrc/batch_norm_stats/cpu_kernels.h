@@ -119,8 +119,8 @@ void group_moments(const BatchNormCall& call, int64_t group) {
   }
 }
 
-// out = grad_output + through_mean + through_variance * (x - mean) for `count` numbers; what is loaded for a vector
-// is the same number for a plane and consecutive ones for a row.
+// out = grad_output + constant + slope * (x - mean) for `count` numbers. coefficient(k, i, here) gives the mean, the
+// constant or the slope: one number for a plane, consecutive ones for a row.
 template <class V, class T, class Coefficient>
 KDKERNELS_INLINE void gradient_run(const T* x, const T* grad_output, T* out, int64_t count,
                                    const Coefficient& coefficient) {
@@ -142,24 +142,16 @@ KDKERNELS_INLINE void gradient_run(const T* x, const T* grad_output, T* out, int
   }
 }
 
-template <class T>
-KDKERNELS_INLINE T* at(const ChannelTensor& tensor, int64_t offset) {
-  return tensor.data == nullptr ? nullptr : static_cast<T*>(tensor.data) + offset;
-}
-
 template <class V, class T>
 void plane_gradient(const BatchNormCall& call, int64_t channel, int64_t first, int64_t last) {
   using S = Scalar<V>;
-  const void* const sources[] = {call.mean, call.through_mean, call.through_variance};
+  const void* const sources[] = {call.mean, call.constant, call.slope};
   V coefficients[3];
   for (int k = 0; k < 3; ++k) coefficients[k] = splat<V>(static_cast<const S*>(sources[k])[channel]);
-  const auto offset = [&](const ChannelTensor& t, int64_t n) {
-    return channel * t.channel_stride + n * t.sample_stride;
-  };
   for (int64_t n = first; n < last; ++n) {
-    gradient_run<V>(at<const T>(call.input, offset(call.input, n)),
-                    at<const T>(call.grad_output, offset(call.grad_output, n)),
-                    at<T>(call.output, offset(call.output, n)), call.plane,
+    gradient_run<V>(at<const T>(call.input, plane_offset(call.input, n, channel)),
+                    at<const T>(call.grad_output, plane_offset(call.grad_output, n, channel)),
+                    at<T>(call.output, plane_offset(call.output, n, channel)), call.plane,
                     [&](int k, int64_t, int64_t) { return coefficients[k]; });
   }
 }
@@ -167,8 +159,8 @@ void plane_gradient(const BatchNormCall& call, int64_t channel, int64_t first, i
 template <class V, class T>
 void row_gradient(const BatchNormCall& call, int64_t group) {
   using S = Scalar<V>;
-  const S* const sources[] = {static_cast<const S*>(call.mean), static_cast<const S*>(call.through_mean),
-                              static_cast<const S*>(call.through_variance)};
+  const S* const sources[] = {static_cast<const S*>(call.mean), static_cast<const S*>(call.constant),
+                              static_cast<const S*>(call.slope)};
   const int64_t all = call.samples * call.plane;
   const int64_t last = (group + 1) * call.group < all ? (group + 1) * call.group : all;
   for (int64_t row = group * call.group; row < last; ++row) {
@@ -179,16 +171,6 @@ void row_gradient(const BatchNormCall& call, int64_t group) {
                       return here == lanes<V> ? load<V>(sources[k] + i) : load_part<V>(sources[k] + i, here, S(0));
                     });
   }
-}
-
-// kernel(V(), T()) with the types that a storage is computed in and stored as
-template <class Body>
-KDKERNELS_INLINE void with_types(Storage storage, const Body& body) {
-  with_storage(storage, [&](auto type) {
-    using T = decltype(type);
-    using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    body(Vector<S, KDKERNELS_VECTOR_BYTES>(), type);
-  });
 }
 
 template <class Plane, class Row>
@@ -206,7 +188,7 @@ KDKERNELS_INLINE void for_each_item(const BatchNormCall& call, int64_t begin, in
 }
 
 void batch_norm_moments(const BatchNormCall& call, int64_t begin, int64_t end) {
-  with_types(call.storage, [&](auto vector, auto type) {
+  with_vectors<KDKERNELS_VECTOR_BYTES>(call.storage, [&](auto vector, auto type) {
     using V = decltype(vector);
     using T = decltype(type);
     for_each_item(
@@ -219,7 +201,7 @@ void batch_norm_moments(const BatchNormCall& call, int64_t begin, int64_t end) {
 }
 
 void batch_norm_gradient(const BatchNormCall& call, int64_t begin, int64_t end) {
-  with_types(call.storage, [&](auto vector, auto type) {
+  with_vectors<KDKERNELS_VECTOR_BYTES>(call.storage, [&](auto vector, auto type) {
     using V = decltype(vector);
     using T = decltype(type);
     for_each_item(

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(threads, 1) finish_moments(const BatchNormCall
   }
 }
 
-// What the gradient of a channel's values needs: (x - mean) * slope + constant
+// What the gradient by a value of a channel needs: (x - mean) * slope + constant
 template <class S>
 struct ChannelGradient {
   S mean = 0, slope = 0, constant = 0;
@@ -114,9 +114,10 @@ struct ChannelGradient {
       return numbers == nullptr ? S(0) : static_cast<const S*>(numbers)[c];
     };
     mean = number(call.given_mean);
-    slope = number(call.grad_variance) * S(2) / S(call.divisor());
-    // x - mean - error, the error of all values of a channel taken together
-    constant = number(call.grad_mean) / S(call.count()) - slope * number(call.given_mean_error);
+    const math::StatisticsGradient<S> gradient(number(call.grad_mean), number(call.grad_variance),
+                                               number(call.given_mean_error), S(call.count()), S(call.divisor()));
+    slope = gradient.slope;
+    constant = gradient.constant;
   }
 };
 

@@ -1,13 +1,12 @@
-// What the kernels of the batch-norm statistics are asked to do, in plain numbers and pointers.
+// What the CUDA kernels of the batch-norm statistics are given, and how their launches divide the work. No torch.
 #pragma once
 
-#include "batch_norm_stats/channel_tensor.h"
-#include "batch_norm_stats/math.h"
+#include "batch_norm_stats/arguments.h"
 #include "core/cuda/vec.cuh"
 
 namespace kdkernels::cuda {
 
-// A sum with what rounding cut off it, so that the mean of float64 values is rounded once
+// A sum and what rounding cut off it, so that the mean of float64 values is rounded once
 struct PreciseSum {
   double sum = 0, rest = 0;
 
@@ -23,7 +22,7 @@ struct PreciseSum {
   KDKERNELS_INLINE double value() const { return sum + rest; }
 };
 
-// Of some values: their count, sum, and sum of squared distances from their mean
+// The count of some values, their sum, and the sum of their squared distances from their mean
 struct Moments {
   double count = 0;
   PreciseSum sum, squares;
@@ -43,24 +42,15 @@ struct Moments {
   }
 };
 
-// Statistics and the like are one number a channel, of the type that is computed in.
-struct BatchNormCall {
-  Storage storage = Storage::float32;
-  bool rows = false;
-  int64_t samples = 0, channels = 0, plane = 0;  // plane: values of one sample and channel
-  ChannelTensor input, grad_output, output;
-  bool unbiased = false;
-
+// Statistics and their gradients are one number per channel, in the type that is computed in.
+struct BatchNormCall : BatchNormArguments {
   Moments* partial = nullptr;                                        // [splits, channels]
   void *mean = nullptr, *variance = nullptr, *mean_error = nullptr;  // results of the statistics
   const void *given_mean = nullptr, *given_mean_error = nullptr;     // for the gradient
   const void *grad_mean = nullptr, *grad_variance = nullptr;         // null where there is none
-
-  KDKERNELS_INLINE double count() const { return double(samples) * double(plane); }
-  KDKERNELS_INLINE double divisor() const { return unbiased ? count() - 1 : count(); }
 };
 
-// How the work is divided. Planes: `across` threads a plane, block / across planes at a time; rows: `across` threads
+// How the work is divided. Planes: `across` threads per plane, block / across planes at a time; rows: `across` threads
 // over the channels, block / across rows at a time. A statistic is split among `splits` blocks.
 struct BatchNormPlan {
   unsigned block = 256, grid = 0, across = 1;
@@ -74,7 +64,7 @@ BatchNormPlan plan_batch_norm(const BatchNormCall& call, bool gradient);
 cudaError_t launch_batch_norm_stats(const BatchNormCall& call, const BatchNormPlan& plan, cudaStream_t stream);
 cudaError_t launch_batch_norm_gradient(const BatchNormCall& call, const BatchNormPlan& plan, cudaStream_t stream);
 
-// All layers' statistics lie one after another in flat arrays; so many layers are computed in one launch.
+// The statistics of all layers lie one after another in flat arrays; one launch computes this many layers.
 constexpr int layers_of_launch = 256;
 
 struct StatDistanceCall {

@@ -1,4 +1,4 @@
-// Moments of the values of a channel, thread by thread
+// Moments of the values of a channel, thread by thread.
 #pragma once
 
 #include "batch_norm_stats/cuda_kernels.h"
@@ -12,7 +12,7 @@ struct Merge {
   }
 };
 
-// Moments of what one thread meets. Squares are of distances from the mean of the first few values.
+// Moments of the values that one thread reads. Squares are of distances from the mean of the first few values.
 template <class S>
 struct ThreadMoments {
   PreciseSum total;
@@ -57,14 +57,5 @@ struct ThreadMoments {
     return {double(count), total, {squares - shifted_sum * shifted_sum / double(count)}};
   }
 };
-
-template <class T>
-__device__ __forceinline__ T* at(const ChannelTensor& tensor, int64_t offset) {
-  return tensor.data == nullptr ? nullptr : static_cast<T*>(tensor.data) + offset;
-}
-
-__device__ __forceinline__ int64_t plane_offset(const ChannelTensor& t, int64_t sample, int64_t channel) {
-  return sample * t.sample_stride + channel * t.channel_stride;
-}
 
 }  // namespace kdkernels::cuda

@@ -30,10 +30,19 @@ struct Moments {
   KDKERNELS_INLINE Real variance(bool unbiased) const { return squares / (unbiased ? count - 1 : count); }
 };
 
-// The gradient by a value of a channel: dmean / n + 2 dvar (x - mean) / n, n - 1 in the second term if unbiased.
+// The gradient by a value x of a channel is (x - mean) * slope + constant = dmean / n + 2 dvar (x - mean) / n, with n -
+// 1 in the second term if unbiased. The constant also has the error that all x - mean of a channel share, that of the
+// mean.
+template <class Real>
+struct StatisticsGradient {
+  Real slope, constant;
+
+  KDKERNELS_INLINE StatisticsGradient(Real grad_mean, Real grad_variance, Real mean_error, Real count, Real divisor)
+      : slope(grad_variance * Real(2) / divisor), constant(grad_mean / count - slope * mean_error) {}
+};
 template <class V>
-KDKERNELS_INLINE V statistics_gradient(V x, V mean, V through_mean, V through_variance) {
-  return (x - mean) * through_variance + through_mean;
+KDKERNELS_INLINE V statistics_gradient(V x, V mean, V constant, V slope) {
+  return (x - mean) * slope + constant;
 }
 
 enum class StatMode { l2, squared, gaussian_kl };

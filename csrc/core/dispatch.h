@@ -1,6 +1,7 @@
-// From a dtype known at run time to a type known at compile time.
+// What bindings share: dtypes, layouts and scalars of tensors.
 #pragma once
 
+#include <optional>
 #include <stdexcept>
 
 #include "core/stable.h"
@@ -8,12 +9,7 @@
 
 namespace kdkernels {
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
-// body(Type<float>() or Type<double>()): the type that a kernel computes in, double where an operand is double
+// Calls body(Type<float>()) or body(Type<double>()) with the type that a kernel computes in.
 template <class Body>
 void dispatch_compute_type(bool is_double, const Body& body) {
   if (is_double) {
@@ -22,6 +18,11 @@ void dispatch_compute_type(bool is_double, const Body& body) {
     body(Type<float>());
   }
 }
+
+// The dtype of computed results: double where an operand is double, else float
+inline ScalarType compute_dtype(bool is_double) { return is_double ? ScalarType::Double : ScalarType::Float; }
+inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+inline ScalarType compute_dtype(const Tensor& tensor) { return compute_dtype(is_double(tensor)); }
 
 inline Storage storage_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -36,12 +37,7 @@ inline Storage storage_of(const Tensor& tensor) {
   }
 }
 
-// The dtype of results that are computed from a tensor: 16-bit numbers are never computed with
-inline ScalarType compute_dtype(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// What an op returns where a result was not asked for
+// What an op returns in place of a result that was not asked for
 inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, std::array<int64_t, 1>{0}); }
 
 inline bool same_strides(const Tensor& a, const Tensor& b) {
@@ -60,7 +56,37 @@ inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
   return copy;
 }
 
-// The value of a 0-dim CPU tensor of any floating dtype
+// The input of a kernel and an output laid out like it. Where the kernel cannot take the two as they are, a contiguous
+// pair stands in for them.
+class InputAndOutput {
+ public:
+  Tensor input, output;
+
+  InputAndOutput(const Tensor& given, const Tensor& result, bool direct)
+      : input(direct ? given : torch::stable::contiguous(given)),
+        output(direct ? result : torch::stable::empty_like(input)),
+        result_(result),
+        direct_(direct) {}
+
+  // What was given as the result, with what the kernel wrote
+  Tensor finish() {
+    if (!direct_) torch::stable::copy_(result_, output);
+    return result_;
+  }
+
+ private:
+  Tensor result_;
+  bool direct_;
+};
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+// Null for a tensor that is missing
+inline const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+// The value of a 0-dim CPU tensor of any floating-point dtype
 inline double read_scalar(const Tensor& scalar) {
   const void* data = scalar.const_data_ptr();
   switch (scalar.scalar_type()) {
@@ -76,5 +102,8 @@ inline double read_scalar(const Tensor& scalar) {
       throw std::invalid_argument("a scalar tensor must have a floating dtype");
   }
 }
+
+// The value of a scalar argument, or `otherwise` where only the device knows it
+inline double known_value(double value, double /*otherwise*/) { return value; }
 
 }  // namespace kdkernels

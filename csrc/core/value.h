@@ -101,6 +101,9 @@ KDKERNELS_INLINE V square_root(V x) {
   }
 }
 
+// 1 / value, and 0 where there is nothing to divide by
+KDKERNELS_INLINE double inverse(double value) { return value > 0 ? 1 / value : 0; }
+
 template <class V>
 inline constexpr Scalar<V> infinity = std::numeric_limits<Scalar<V>>::infinity();
 

@@ -1,7 +1,7 @@
-// The backward of gradient reversal: one multiplication. The forward is a view, and the formula needs no file.
+// The backward of gradient reversal: one multiplication. The forward is a view, or a copy where a view is not allowed.
 #include "core/cpu/memory.h"
 #include "core/cpu/parallel.h"
-#include "core/dispatch.h"
+#include "gradient_reversal/binding.h"
 #include "gradient_reversal/plan.h"
 
 namespace kdkernels::cpu {
@@ -10,9 +10,7 @@ namespace {
 Tensor gradient_reversal_backward(Tensor grad_output, Tensor lambd) {
   Tensor result = new_output(grad_output);
   const Tensor source = laid_out_as(grad_output, result);
-  const ScaleCall call{storage_of(source), source.const_data_ptr(), result.mutable_data_ptr(), -read_scalar(lambd)};
-  for_each_chunk(Chunks(source.numel(), 1),
-                 [&](int64_t, int64_t begin, int64_t end) { scale_numbers(call, begin, end); });
+  run_kernel(scale_numbers, ScaleCall{arguments_of(source, result), -read_scalar(lambd)});
   return result;
 }
 

@@ -6,10 +6,10 @@
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
 void scale_numbers(const ScaleCall& call, int64_t begin, int64_t end) {
-  with_storage(call.storage, [&](auto type) {
+  with_vectors<KDKERNELS_VECTOR_BYTES>(call.storage, [&](auto vector, auto type) {
+    using V = decltype(vector);
+    using S = Scalar<V>;
     using T = decltype(type);
-    using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    using V = Vector<S, KDKERNELS_VECTOR_BYTES>;
     const T* const source = static_cast<const T*>(call.source);
     T* const destination = static_cast<T*>(call.destination);
     const S factor = S(call.factor);

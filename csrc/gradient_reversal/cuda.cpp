@@ -1,7 +1,7 @@
-// The backward of gradient reversal.
-#include "gradient_reversal/cuda_kernels.h"
-
+// The backward of gradient reversal: one multiplication. The forward is a view, or a copy where a view is not allowed.
 #include "core/cuda/binding.h"
+#include "gradient_reversal/binding.h"
+#include "gradient_reversal/cuda_kernels.h"
 
 namespace kdkernels::cuda {
 namespace {
@@ -11,12 +11,7 @@ Tensor gradient_reversal_backward(Tensor grad_output, Tensor lambd) {
   Tensor result = torch::stable::empty_like(grad_output);
   if (result.numel() == 0) return result;
   const Tensor source = laid_out_as(grad_output, result);
-  ScaleCall call;
-  call.storage = storage_of(source);
-  call.source = source.const_data_ptr();
-  call.destination = result.mutable_data_ptr();
-  call.count = source.numel();
-  call.coefficient = scalar_argument(lambd);
+  const ScaleCall call{arguments_of(source, result), scalar_argument(lambd)};
   device.check(launch_reversed_scale(call, device.stream()));
   return result;
 }

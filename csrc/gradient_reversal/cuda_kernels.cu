@@ -1,4 +1,4 @@
-// The backward of gradient reversal: one multiplication. The forward is a view, and the formula needs no file.
+// The backward of gradient reversal: each number times the negated coefficient.
 #include "gradient_reversal/cuda_kernels.h"
 
 namespace kdkernels::cuda {

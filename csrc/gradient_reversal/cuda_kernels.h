@@ -1,15 +1,12 @@
-// What the kernel of gradient reversal is asked to do, in plain numbers and pointers.
+// What the CUDA kernel of gradient reversal is given, and how its launch divides the work. No torch.
 #pragma once
 
 #include "core/cuda/vec.cuh"
+#include "gradient_reversal/arguments.h"
 
 namespace kdkernels::cuda {
 
-struct ScaleCall {
-  Storage storage = Storage::float32;
-  const void* source = nullptr;
-  void* destination = nullptr;
-  int64_t count = 0;
+struct ScaleCall : ScaleArguments {
   ScalarArgument coefficient;
 };
 

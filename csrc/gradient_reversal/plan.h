@@ -1,16 +1,17 @@
-// What the kernel of gradient reversal is asked to do, in plain numbers and pointers.
+// How the CPU cuts the work of gradient reversal, by size alone, and the kernel that does it. No torch.
 #pragma once
 
 #include "core/cpu/capability.h"
+#include "core/cpu/chunks.h"
 #include "core/cpu/storage.h"
+#include "gradient_reversal/arguments.h"
 
 namespace kdkernels::cpu {
 
-struct ScaleCall {
-  Storage storage;
-  const void* source;
-  void* destination;
+struct ScaleCall : ScaleArguments {
   double factor;
+
+  Chunks chunks() const { return {count, 1}; }
 };
 
 // destination = factor * source for the numbers begin to end

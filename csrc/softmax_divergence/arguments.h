@@ -1,10 +1,12 @@
-// What a call of the softmax divergences asks for, alike for all backends in C++. No torch, no CUDA: kernels include
-// it.
+// What a call of the softmax divergences asks for, in plain numbers: one description for both devices. No torch, no
+// CUDA: kernels include this.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "core/storage.h"
 
 namespace kdkernels {
 
@@ -12,44 +14,103 @@ enum class Divergence { kl, js, clamped_js };
 
 enum OperandIndex { student, teacher, student_gradient, teacher_gradient, operands };
 
-struct DivergenceChoice {
-  Divergence divergence;
-  bool reverse;  // KL(q || p) instead of KL(p || q)
+template <int most_dims>
+struct SoftmaxOperand {
+  void* data = nullptr;  // null where a gradient is not asked for
+  Storage storage = Storage::float32;
+  int64_t class_stride = 0, inner_stride = 0;
+  int64_t outer_stride[most_dims] = {};
 };
 
-inline DivergenceChoice choose_divergence(const std::string& name, double beta) {
-  if (name == "forward_kl") return {Divergence::kl, false};
-  if (name == "reverse_kl") return {Divergence::kl, true};
-  if (name == "clamped_js") return {Divergence::clamped_js, false};
-  if (name != "js") throw std::invalid_argument("unknown divergence " + name);
-  if (!(beta >= 0 && beta <= 1)) {
-    throw std::invalid_argument("beta must be in [0, 1], got " + std::to_string(beta));
-  }
-  if (beta == 0) return {Divergence::kl, false};
-  if (beta == 1) return {Divergence::kl, true};
-  return {Divergence::js, false};
-}
+// Where the logits and gradients lie. The positions are all dimensions but that of the classes: runs of `inner`
+// positions, one run for each index of the outer dimensions.
+template <int most_dims>
+struct SoftmaxLayout {
+  SoftmaxOperand<most_dims> operand[operands];
+  int64_t classes = 0, positions = 1, inner = 1;
+  int64_t outer_size[most_dims] = {};
+  int outer_dims = 0;
 
-inline double checked_temperature(double temperature) {
-  if (temperature > 0) return temperature;
-  throw std::invalid_argument("temperature must be positive, got " + std::to_string(temperature));
-}
-
-// Joins neighbouring dimensions that all operands step through evenly and drops those of size 1. `strides(operand)` is
-// an operand's array of strides. Returns the number of dimensions that are left.
-template <class Strides>
-int join_dimensions(int dims, int64_t* sizes, int count, const Strides& strides) {
-  int kept = 0;
-  for (int d = 0; d < dims; ++d) {
-    const int64_t size = sizes[d];
-    if (size == 1) continue;
-    bool even = kept > 0;
-    for (int o = 0; o < count; ++o) even = even && strides(o)[kept - 1] == strides(o)[d] * size;
-    const int at = even ? kept - 1 : kept++;
-    sizes[at] = even ? sizes[at] * size : size;
-    for (int o = 0; o < count; ++o) strides(o)[at] = strides(o)[d];
+  // Joins neighboring outer dimensions that every operand steps through evenly, drops those of size 1, and makes the
+  // last one that remains the inner one.
+  void join() {
+    int kept = 0;
+    for (int d = 0; d < outer_dims; ++d) {
+      const int64_t size = outer_size[d];
+      if (size == 1) continue;
+      bool even = kept > 0;
+      for (const auto& o : operand) even = even && o.outer_stride[kept - 1] == o.outer_stride[d] * size;
+      const int at = even ? kept - 1 : kept++;
+      outer_size[at] = even ? outer_size[at] * size : size;
+      for (auto& o : operand) o.outer_stride[at] = o.outer_stride[d];
+    }
+    outer_dims = kept;
+    if (kept == 0) return;
+    const int last = --outer_dims;
+    inner = outer_size[last];
+    for (auto& o : operand) o.inner_stride = o.outer_stride[last];
   }
-  return kept;
+
+  // The same with room for fewer outer dimensions, which must be enough for those there are
+  template <int fewer>
+  SoftmaxLayout<fewer> narrowed() const {
+    SoftmaxLayout<fewer> result;
+    result.classes = classes;
+    result.positions = positions;
+    result.inner = inner;
+    result.outer_dims = outer_dims;
+    for (int d = 0; d < outer_dims; ++d) result.outer_size[d] = outer_size[d];
+    for (int o = 0; o < operands; ++o) {
+      const auto& from = operand[o];
+      auto& to = result.operand[o] = {from.data, from.storage, from.class_stride, from.inner_stride, {}};
+      for (int d = 0; d < outer_dims; ++d) to.outer_stride[d] = from.outer_stride[d];
+    }
+    return result;
+  }
+};
+
+// What is computed. `Number` is a double, or a number that only the device may know.
+template <class Number>
+struct SoftmaxArguments {
+  bool is_double = false;  // compute in double
+  Divergence divergence = Divergence::kl;
+  bool reverse = false;  // KL(q || p) instead of KL(p || q)
+  Number temperature{}, divergence_weight{}, label_weight{}, beta{};
+  const int64_t* labels = nullptr;  // by position
+  int64_t ignored_label = 0;
+  double divisor = 1;                 // of the sum over the positions,
+  bool divide_by_kept = false;        // unless it is divided by the number of positions whose labels are not ignored
+  const void* grad_output = nullptr;  // one number, or one per position where grad_stride = 1
+  int64_t grad_stride = 0;
+
+  // Checks and takes the name of a divergence; beta = 0 and 1 are the two KL.
+  void choose_divergence(const std::string& name, double known_beta) {
+    reverse = name == "reverse_kl" || (name == "js" && known_beta == 1);
+    if (name == "forward_kl" || name == "reverse_kl") {
+      divergence = Divergence::kl;
+    } else if (name == "clamped_js") {
+      divergence = Divergence::clamped_js;
+    } else if (name != "js") {
+      throw std::invalid_argument("unknown divergence " + name);
+    } else if (!(known_beta >= 0 && known_beta <= 1)) {
+      throw std::invalid_argument("beta must be in [0, 1], got " + std::to_string(known_beta));
+    } else {
+      divergence = known_beta == 0 || known_beta == 1 ? Divergence::kl : Divergence::js;
+    }
+  }
+
+  // What the sum over the positions is divided by
+  void choose_divisor(const std::string& reduction, int64_t dims, int64_t batch, int64_t positions) {
+    if (reduction == "batchmean" && dims > 1) divisor = double(batch);
+    if (reduction == "mean") divisor = double(positions);
+    divide_by_kept = reduction == "mean" && labels != nullptr;
+  }
+};
+
+inline void check_temperature(double temperature) {
+  if (!(temperature > 0)) {
+    throw std::invalid_argument("temperature must be positive, got " + std::to_string(temperature));
+  }
 }
 
 }  // namespace kdkernels

@@ -246,7 +246,8 @@ KDKERNELS_INLINE double compute_tile(const SoftmaxCall& call, const SoftmaxOptio
   return total;
 }
 
-KDKERNELS_INLINE Place place_of(const SoftmaxOperand& operand, const SoftmaxCall& call, int64_t run, int64_t first) {
+KDKERNELS_INLINE Place place_of(const SoftmaxOperand<max_dims>& operand, const SoftmaxCall& call, int64_t run,
+                                int64_t first) {
   if (operand.data == nullptr) return {};
   int64_t element = first * operand.inner_stride;
   for (int d = call.outer_dims - 1; d >= 0; --d) {

@@ -43,17 +43,15 @@ KDKERNELS_INLINE void find_numerators(Group<classes_in_lanes, V>& group, Scalar<
   for (int k = 0; k < group.strips; ++k) {
     ahead(k);
     const Strip<V> strip = group.strip(k);
-    const V max_s = group.spread(group.max_s, k), max_t = group.spread(group.max_t, k), offset = max_t - max_s;
-    const V offset_error = math::difference_error(max_t, max_s, offset);
+    const V max_s = group.spread(group.max_s, k), max_t = group.spread(group.max_t, k);
+    const math::LogitDifference<V> logit_difference(max_s, max_t);
     const Bits<V> label = group.spread(group.label, k);
     const auto input = group.reader(group.student, k), target = group.reader(group.teacher, k);
     Bits<V> index = first;
     V sums[labels ? 3 : 2];
     for_each_with_sums(group.vectors, sums, [&](int64_t i, auto& sum) {
       const V z_s = input(i), z_t = target(i);
-      const V difference = z_t - z_s;
-      const V error = math::difference_error(z_t, z_s, difference) - offset_error;
-      strip.log_ratio[i] = (difference - offset) + error;
+      strip.log_ratio[i] = logit_difference(z_s, z_t);
       const V shifted = z_s - max_s;
       const V numerator_s = math::exp_nonpositive(shifted * inverse_temperature);
       const V numerator_t = math::exp_nonpositive((z_t - max_t) * inverse_temperature);
@@ -76,18 +74,14 @@ KDKERNELS_INLINE void find_numerators(Group<classes_in_lanes, V>& group, Scalar<
   }
 }
 
-// The cross-entropy ln(sum e^z / e^z_y) as ln(1 + others / e^z_y), which keeps the small loss of a sure student
-// exact. Its gradient is hard / (others + e^z_y).
+// The cross-entropy, and what its gradient needs: that is hard / (others + e^z_y), with -others at the label.
 template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void find_cross_entropy(Group<classes_in_lanes, V>& group) {
   using S = Scalar<V>;
   const V label_logit = group.label_logit - group.max_s;
-  const V others = group.hard_others, label = math::exp_nonpositive(label_logit), sum = others + label;
-  const V tiny = splat<V>(S(1e-30));  // below it the quotient could overflow, and the plain form is as exact
-  const V odds = others / math::maximum(tiny, label);
-  const V plain = math::log_positive(sum) - label_logit;
-  group.cross_entropy = select(label > tiny, math::log1p_parts(odds).value, plain);
-  group.hard_scale = group.hard_scale / sum;
+  const V others = group.hard_others, label = math::exp_nonpositive(label_logit);
+  group.cross_entropy = math::cross_entropy(others, label, label_logit);
+  group.hard_scale = group.hard_scale / (others + label);
   for_each_label(group,
                  [&](int l, int k, int64_t at) { reinterpret_cast<S*>(group.strip(k).hard)[at] = -lane(others, l); });
 }

@@ -52,7 +52,8 @@ struct Softmaxes {
   using S = typename N::S;
   S inverse_temperature;
   S max_s, max_t, sum_s, sum_t;
-  S offset, offset_error, inverse_s, inverse_t, log_sums, log_s, log_t;
+  math::LogitDifference<S> logit_difference;
+  S inverse_s, inverse_t, log_sums, log_s, log_t;
 
   __device__ __forceinline__ Softmaxes(S inverse_temperature, S max_s, S max_t, S sum_s, S sum_t)
       : inverse_temperature(inverse_temperature),
@@ -60,8 +61,7 @@ struct Softmaxes {
         max_t(max_t),
         sum_s(sum_s),
         sum_t(sum_t),
-        offset(max_t - max_s),
-        offset_error(math::difference_error(max_t, max_s, offset)),
+        logit_difference(max_s, max_t),
         inverse_s(S(1) / sum_s),
         inverse_t(S(1) / sum_t),
         log_sums(math::log_positive(sum_t / sum_s)),
@@ -74,11 +74,7 @@ struct Softmaxes {
       const S log_p = (teacher - max_t) * inverse_temperature - log_t;
       return {power_of_e<N>(log_q), power_of_e<N>(log_p), log_p - log_q, log_q, log_p};
     }
-    // ln(p / q) comes from the logits themselves, rounding errors put back: near 0 it is all that a divergence depends
-    // on.
-    const S difference = teacher - student;
-    const S error = math::difference_error(teacher, student, difference) - offset_error;
-    const S log_ratio = ((difference - offset) + error) * inverse_temperature - log_sums;
+    const S log_ratio = logit_difference(student, teacher) * inverse_temperature - log_sums;
     const S numerator_s = numerator<N>(student, max_s, inverse_temperature);
     const S numerator_t = numerator<N>(teacher, max_t, inverse_temperature);
     if constexpr (sizeof(S) == 8) return {numerator_s / sum_s, numerator_t / sum_t, log_ratio};  // rounded once less
@@ -258,7 +254,7 @@ __device__ __forceinline__ void with_formula(bool reverse, double beta, const Bo
   }
 }
 
-// The cross-entropy ln(sum e^z / e^z_y) as ln(1 + others / e^z_y), which keeps the small loss of a sure student exact
+// The cross-entropy of the student, and its gradient
 template <class N>
 struct CrossEntropy {
   using S = typename N::S;
@@ -270,11 +266,7 @@ struct CrossEntropy {
         inverse_sum(S(1) / (others + label)),
         shifted_label(label_logit - max) {}
 
-  __device__ __forceinline__ S value() const {
-    const S tiny = S(1e-30);  // below it the quotient could overflow, and the plain form is as exact
-    if (label > tiny) return math::log1p_parts(others / label).value;
-    return math::log_positive(others + label) - shifted_label;
-  }
+  __device__ __forceinline__ S value() const { return math::cross_entropy(others, label, shifted_label); }
   __device__ __forceinline__ S gradient(S logit, S max, bool is_label) const {
     return (is_label ? -others : power_of_e<N>(logit - max)) * inverse_sum;
   }

@@ -140,14 +140,12 @@ __device__ __forceinline__ V sum_of(const V* partial, int64_t count) {
   return total[0];
 }
 
-__device__ __forceinline__ double inverse(double divisor) { return divisor > 0 ? 1 / divisor : 0; }
-
 template <class S>
 __global__ void __launch_bounds__(256, 1) finish(const SoftmaxCall call, unsigned parts) {
   const double total = sum_of(call.partial, parts);
   const double divisor = call.divide_by_kept ? double(sum_of(call.kept, parts)) : call.divisor;
   if (threadIdx.x != 0) return;
-  *static_cast<S*>(call.loss) = S(total * inverse(divisor));
+  *static_cast<S*>(call.loss) = S(total * math::inverse(divisor));
   if (call.statistics != nullptr && call.divide_by_kept) *kept_positions<S>(call) = S(divisor);
 }
 
@@ -208,7 +206,7 @@ __global__ void __launch_bounds__(most_threads<group, typename N::S>, 1)
     backward(const SoftmaxCall call, const SoftmaxPlan plan) {
   using S = typename N::S;
   const Scalars<S> scalars(call);
-  const double scale = inverse(call.divide_by_kept ? double(*kept_positions<S>(call)) : call.divisor);
+  const double scale = math::inverse(call.divide_by_kept ? double(*kept_positions<S>(call)) : call.divisor);
   const S* const grad_output = static_cast<const S*>(call.grad_output);
   for (int64_t first = blockIdx.x * plan.positions; first < call.positions; first += gridDim.x * plan.positions) {
     const int64_t at = first + group_in_block<group>();
@@ -254,7 +252,7 @@ cudaError_t with_variant(const SoftmaxCall& call, const SoftmaxPlan& plan, const
 SoftmaxPlan plan_softmax(const SoftmaxCall& call, bool backward, int64_t most_shared_bytes) {
   constexpr int64_t few_classes = 32, warp_classes = 1024;
   SoftmaxPlan plan;
-  const SoftmaxOperand& input = call.operand[student];
+  const auto& input = call.operand[student];
   const int64_t sizes = size_of(input.storage) + size_of(call.operand[teacher].storage);
   // As in the CPU kernels: a position a thread where classes are few, or where positions are what is contiguous.
   if (call.classes <= few_classes || (input.class_stride != 1 && input.inner_stride == 1)) {

@@ -41,7 +41,7 @@ struct Position {
     }
 #pragma unroll
     for (int o = 0; o < operands; ++o) {
-      const SoftmaxOperand& operand = call.operand[o];
+      const auto& operand = call.operand[o];
       const int64_t size = size_of(operand.storage);
       side[o] = {static_cast<char*>(operand.data) + offset[o] * size, operand.storage, operand.class_stride, false};
       if constexpr (unit > 1) {
@@ -63,12 +63,12 @@ struct Position {
   __device__ __forceinline__ bool has(int64_t c) const { return c >= 0 && c < classes; }
 };
 
-// body(Dtype<T>()) with the type that logits are stored as: plain formulas are for 16 bits alone
+// body(Type<T>()) with the type that logits are stored as: plain formulas are for 16 bits alone
 template <class N, class Body>
 __device__ __forceinline__ decltype(auto) with_logits(Storage storage, const Body& body) {
   if constexpr (N::plain) {
-    if (storage == Storage::float16) return body(Dtype<__half>());
-    return body(Dtype<__nv_bfloat16>());
+    if (storage == Storage::float16) return body(Type<__half>());
+    return body(Type<__nv_bfloat16>());
   } else {
     return with_storage(storage, body);
   }

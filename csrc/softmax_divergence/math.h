@@ -23,6 +23,32 @@ KDKERNELS_INLINE V difference_error(V a, V b, V difference) {
   return select(error == error, error, V{});
 }
 
+// T ln(p / q) but for the sums, which add a constant of the row: the difference of a class's logits, each relative to
+// the maximum of its row. Rounding errors are put back, because near 0 this difference is all that a divergence depends
+// on.
+template <class V>
+struct LogitDifference {
+  V offset, offset_error;
+
+  KDKERNELS_INLINE LogitDifference(V max_s, V max_t)
+      : offset(max_t - max_s), offset_error(difference_error(max_t, max_s, offset)) {}
+  KDKERNELS_INLINE V operator()(V z_s, V z_t) const {
+    const V difference = z_t - z_s;
+    const V error = difference_error(z_t, z_s, difference) - offset_error;
+    return (difference - offset) + error;
+  }
+};
+
+// The cross-entropy ln(sum e^z / e^z_y) as ln(1 + others / e^z_y), which keeps the small loss of a confident student
+// exact. The logits are relative to the maximum: `label` is e^z_y, `others` the sum over the other classes.
+template <class V>
+KDKERNELS_INLINE V cross_entropy(V others, V label, V label_logit) {
+  const V tiny = splat<V>(Scalar<V>(1e-30));  // below it the quotient could overflow, and the plain form is as exact
+  const V odds = others / maximum(tiny, label);
+  const V plain = log_positive(others + label) - label_logit;
+  return select(label > tiny, log1p_parts(odds).value, plain);
+}
+
 // A formula comes in parts, so that a kernel may do one for many classes before it does the next: a processor looks
 // only some 200 operations ahead, and shorter chains of operations that wait for each other leave it more to choose
 // from.

@@ -1,40 +1,42 @@
-// What the kernel of the softmax divergences is asked to do, in plain numbers and pointers.
+// How the CPU cuts the work of a softmax divergence, by size alone, and the kernel that does it. No torch.
 #pragma once
 
+#include <algorithm>
+
 #include "core/cpu/capability.h"
+#include "core/cpu/chunks.h"
 #include "core/cpu/storage.h"
 #include "softmax_divergence/arguments.h"
 
 namespace kdkernels::cpu {
 
-struct SoftmaxOperand {
-  void* data = nullptr;  // null where a gradient is not asked for
-  Storage storage = Storage::float32;
-  int64_t class_stride = 0;
-  int64_t inner_stride = 0;
-  int64_t outer_stride[max_dims] = {};
-};
+constexpr int64_t tile_logits = 4096;    // about as many logits in a tile stay in the first-level cache,
+constexpr int64_t tile_positions = 128;  // and it has no more positions than this
+constexpr int64_t row_tile_logits = 2048;
+constexpr int64_t few_classes = 32;  // up to here a position per lane is faster than classes in the lanes
+constexpr int64_t most_lanes = 16;
 
-// Positions are all dimensions but that of the classes: runs of `inner` positions, one run for each index of the
-// outer dimensions.
-struct SoftmaxCall {
-  SoftmaxOperand operand[operands];
-  int64_t classes = 0, positions = 1, inner = 1;
-  int64_t outer_size[max_dims] = {};
-  int outer_dims = 0;
-
-  bool is_double = false;              // compute in double
-  bool classes_in_lanes = false;       // else a lane a position
-  int64_t tile = 1, tiles_in_run = 1;  // a tile is up to `tile` positions of one run
-
-  Divergence divergence = Divergence::kl;
-  bool reverse = false;  // KL(q || p) instead of KL(p || q)
-  double temperature = 1, beta = 0.5, divergence_weight = 1, label_weight = 0, normalizer = 1;
-  const int64_t* labels = nullptr;  // by position
-  int64_t ignored_label = 0;
-  const void* grad_output = nullptr;  // one number, or one a position where grad_stride = 1
-  int64_t grad_stride = 0;
+struct SoftmaxCall : SoftmaxLayout<max_dims>, SoftmaxArguments<double> {
+  bool classes_in_lanes;          // else a position per lane
+  int64_t tile, tiles_in_run;     // a tile is up to `tile` positions of one run
+  double normalizer = 1;          // the loss and its gradient are multiplied by it
   void* position_loss = nullptr;  // reduction "none"
+
+  SoftmaxCall(const SoftmaxLayout<max_dims>& layout, const SoftmaxArguments<double>& arguments)
+      : SoftmaxLayout(layout), SoftmaxArguments(arguments) {
+    const auto& input = operand[student];
+    classes_in_lanes = classes > few_classes && (input.class_stride == 1 || input.inner_stride != 1);
+    if (classes_in_lanes) {
+      tile = std::clamp<int64_t>(row_tile_logits / classes, 1, most_lanes);
+    } else {
+      const int64_t fitting = std::clamp<int64_t>(tile_logits / classes, 1, tile_positions);
+      tile = (fitting + most_lanes - 1) / most_lanes * most_lanes;
+    }
+    tiles_in_run = (inner + tile - 1) / tile;
+  }
+
+  // Items are tiles.
+  Chunks chunks() const { return {positions == 0 ? 0 : positions / inner * tiles_in_run, classes * tile}; }
 };
 
 // Computes tiles begin to end and returns the sum of their losses, not yet normalized.

@@ -152,14 +152,14 @@ void block_gradients(const ImageCall& call, int64_t item) {
   using S = Scalar<V>;
   const Rows<V, T> rows(call, item);
   const RowShape shape{call.length, call.step};
-  const double scale = call.image_scale == nullptr ? 1.0 : call.image_scale[rows.image];
+  const math::DifferenceCoefficients<double>& by = call.coefficients[rows.image];
   S linear[4], absolute[4];
   for (int k = 0; k < 4; ++k) {
-    linear[k] = S(call.coefficients.linear[k] * scale);
-    absolute[k] = S(call.coefficients.absolute[k] * scale);
+    linear[k] = S(by.linear[k]);
+    absolute[k] = S(by.absolute[k]);
   }
   const bool vertical = call.directions >= 2, diagonal = call.directions == 4, want_pixels = call.pixels;
-  const S by_pixel = want_pixels ? S(call.pixel_scale[rows.image]) : S(0);
+  const S by_pixel = want_pixels ? S(by.pixel) : S(0);
   const int64_t first = rows.first, last = rows.last, count = call.rows, step = shape.step;
   if (first > 0) rows.read(first - 1);
   rows.read(first);
@@ -197,27 +197,15 @@ void block_gradients(const ImageCall& call, int64_t item) {
   }
 }
 
-// dx, dy and sqrt(dx^2 + dy^2 + eps) of a pixel; a missing neighbour gives no difference, a pixel without any no term.
 template <class V>
-struct IsotropicTerm {
-  V dx, dy, length;
-
-  template <bool edge>
-  KDKERNELS_INLINE static IsotropicTerm at(const ImageCall& call, const Scalar<V>* here, const Scalar<V>* next,
-                                           bool below, int64_t i) {
-    const Lanes<V> lane_masks({call.length, call.step}, i);
-    const V pixel = load<V>(here + i);
-    const V dx = masked<edge>(lane_masks.right, pixel - load<V>(here + i + call.step));
-    const V dy = below ? masked<edge>(lane_masks.inside, pixel - load<V>(next + i)) : V{};
-    const V sum = dx * dx + dy * dy + Scalar<V>(call.eps);
-    const V length = math::square_root(sum);
-    return {dx, dy, masked<edge>(below ? lane_masks.inside : lane_masks.right, length)};
-  }
-  // d length / d difference, 0 at length 0
-  KDKERNELS_INLINE V slope(V difference) const {
-    return select(length > Scalar<V>(0), difference / select(length > Scalar<V>(0), length, splat<V>(1)), V{});
-  }
-};
+KDKERNELS_INLINE math::IsotropicTerm<V> isotropic_term(const ImageCall& call, const Scalar<V>* here,
+                                                       const Scalar<V>* next, bool below, int64_t i) {
+  const Lanes<V> lane_masks({call.length, call.step}, i);
+  const V pixel = load<V>(here + i);
+  const V dx = masked<true>(lane_masks.right, pixel - load<V>(here + i + call.step));
+  const V dy = below ? masked<true>(lane_masks.inside, pixel - load<V>(next + i)) : V{};
+  return {dx, dy, below ? lane_masks.inside : lane_masks.right, Scalar<V>(call.eps)};
+}
 
 template <class V, class T>
 void isotropic_block_sums(const ImageCall& call, int64_t item) {
@@ -230,7 +218,7 @@ void isotropic_block_sums(const ImageCall& call, int64_t item) {
     if (below) rows.read(row + 1);
     V sum{};
     for (int64_t i = 0; i < call.length; i += lanes<V>) {
-      sum = sum + IsotropicTerm<V>::template at<true>(call, rows[row], rows[row + 1], below, i).length;
+      sum = sum + isotropic_term<V>(call, rows[row], rows[row + 1], below, i).length;
     }
     out.isotropic += double(sum_lanes(sum));
   }
@@ -240,7 +228,7 @@ template <class V, class T>
 void isotropic_block_gradients(const ImageCall& call, int64_t item) {
   using S = Scalar<V>;
   const Rows<V, T> rows(call, item);
-  const S scale = S(call.image_scale[rows.image]);
+  const S scale = S(call.coefficients[rows.image].linear[0]);
   if (rows.first > 0) rows.read(rows.first - 1);
   rows.read(rows.first);
   for (int64_t row = rows.first; row < rows.last; ++row) {
@@ -248,12 +236,12 @@ void isotropic_block_gradients(const ImageCall& call, int64_t item) {
     if (below) rows.read(row + 1);
     for (int64_t i = 0; i < call.length; i += lanes<V>) {
       // A pixel takes part in its own term, its left and its upper neighbour's.
-      const auto own = IsotropicTerm<V>::template at<true>(call, rows[row], rows[row + 1], below, i);
+      const auto own = isotropic_term<V>(call, rows[row], rows[row + 1], below, i);
       V gradient = own.slope(own.dx) + own.slope(own.dy);
-      const auto left = IsotropicTerm<V>::template at<true>(call, rows[row], rows[row + 1], below, i - call.step);
+      const auto left = isotropic_term<V>(call, rows[row], rows[row + 1], below, i - call.step);
       gradient = gradient - masked<true>(Lanes<V>({call.length, call.step}, i).left, left.slope(left.dx));
       if (above) {
-        const auto upper = IsotropicTerm<V>::template at<true>(call, rows[row + 2], rows[row], true, i);
+        const auto upper = isotropic_term<V>(call, rows[row + 2], rows[row], true, i);
         gradient = gradient - upper.slope(upper.dy);
       }
       rows.write(row, i, gradient * scale);
@@ -263,10 +251,8 @@ void isotropic_block_gradients(const ImageCall& call, int64_t item) {
 
 template <class Body>
 KDKERNELS_INLINE void for_each_block(const ImageCall& call, int64_t begin, int64_t end, const Body& body) {
-  with_storage(call.storage, [&](auto type) {
-    using T = decltype(type);
-    using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    for (int64_t item = begin; item < end; ++item) body(Vector<S, KDKERNELS_VECTOR_BYTES>(), type, item);
+  with_vectors<KDKERNELS_VECTOR_BYTES>(call.storage, [&](auto vector, auto type) {
+    for (int64_t item = begin; item < end; ++item) body(vector, type, item);
   });
 }
 

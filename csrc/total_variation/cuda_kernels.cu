@@ -1,6 +1,6 @@
-// Image priors: all sums over the differences of neighbouring pixels in one read, all gradients in one more.
+// Image priors: all sums over the differences of neighboring pixels in one read, all gradients in one more.
 //
-// A thread takes a pack of neighbouring numbers and walks down some rows of the image; the rows around the present one
+// A thread takes a pack of neighboring numbers and walks down some rows of the image; the rows around the present one
 // stay in registers, so that each is read once.
 #include "core/cuda/reduce.cuh"
 #include "total_variation/cuda_strip.cuh"
@@ -13,18 +13,11 @@ constexpr unsigned threads = 256;
 
 enum { absolute_sums, square_sums = 4, pixel_sum = 8, isotropic_sum, difference_sums };
 
-// sqrt(dx^2 + dy^2 + eps) of a pixel; a missing neighbour gives no difference, a pixel without any no term.
 template <class S>
-struct IsotropicTerm {
-  S dx, dy, length;
-
-  __device__ __forceinline__ IsotropicTerm(S pixel, S right, bool has_right, S below, bool has_below, S eps)
-      : dx(has_right ? pixel - right : S(0)), dy(has_below ? pixel - below : S(0)), length(0) {
-    if (has_right || has_below) length = sqrt(dx * dx + dy * dy + eps);
-  }
-  // d length / d difference, 0 at length 0
-  __device__ __forceinline__ S slope(S difference) const { return length > S(0) ? difference / length : S(0); }
-};
+__device__ __forceinline__ math::IsotropicTerm<S> isotropic_term(S pixel, S right, bool has_right, S below,
+                                                                 bool has_below, S eps) {
+  return {has_right ? pixel - right : S(0), has_below ? pixel - below : S(0), has_right || has_below, eps};
+}
 
 template <Variation variation, class T, int pack, class S>
 __device__ __forceinline__ void add_terms(const Strip<T>& strip, const Window<S, pack>& here,
@@ -35,21 +28,21 @@ __device__ __forceinline__ void add_terms(const Strip<T>& strip, const Window<S,
   for (int k = 0; k < pack; ++k) {
     const bool inside = strip.inside(k), has_right = strip.has_right(k);
     if constexpr (variation == Variation::isotropic) {
-      const IsotropicTerm<S> term(here.here[k], here.right[k], has_right, below.here[k], has_below && inside,
-                                  S(call.eps));
-      sums[isotropic_sum] += term.length;
+      sums[isotropic_sum] +=
+          isotropic_term(here.here[k], here.right[k], has_right, below.here[k], has_below && inside, S(call.eps))
+              .length;
     } else {
       const math::Differences<S> d(here.here[k], here.right[k], below.here[k], below.right[k]);
       const auto add = [&](int direction, S difference, bool is_pair) {
         const S present = is_pair ? difference : S(0);
-        if (call.absolute()) sums[absolute_sums + direction] += math::absolute(present);
-        if (call.squares()) sums[square_sums + direction] += present * present;
+        if (call.uses_absolute()) sums[absolute_sums + direction] += math::absolute(present);
+        if (call.uses_squares()) sums[square_sums + direction] += present * present;
       };
       add(0, d.right, has_right);
       add(1, d.down, down && inside);
       add(2, d.rising, diagonal && has_right);
       add(3, d.falling, diagonal && has_right);
-      if (call.pixels()) sums[pixel_sum] += here.here[k] * here.here[k];  // beyond the row lie zeros
+      if (call.uses_pixels()) sums[pixel_sum] += here.here[k] * here.here[k];  // beyond the row lie zeros
     }
   }
 }
@@ -88,13 +81,7 @@ __global__ void __launch_bounds__(threads, 1) sum_differences(const ImageCall ca
 
 struct AddSums {
   __device__ __forceinline__ DifferenceSums operator()(DifferenceSums a, const DifferenceSums& b) const {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      a.absolute[k] += b.absolute[k];
-      a.squares[k] += b.squares[k];
-    }
-    a.pixels += b.pixels;
-    a.isotropic += b.isotropic;
+    a.add(b);
     return a;
   }
 };
@@ -103,9 +90,7 @@ struct AddSums {
 __global__ void __launch_bounds__(threads, 1) sum_images(const ImageCall call, int64_t items) {
   for (int64_t image = blockIdx.x; image < call.images; image += gridDim.x) {
     DifferenceSums total[1] = {};
-    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) {
-      total[0] = AddSums()(total[0], call.partial[image * items + i]);
-    }
+    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) total[0].add(call.partial[image * items + i]);
     reduce_block(total, AddSums());
     if (threadIdx.x == 0) call.by_image[image] = total[0];
   }
@@ -119,7 +104,7 @@ __global__ void __launch_bounds__(threads, 1) finish_priors(const ImageCall call
   double norm_sum[1] = {0};
   for (int64_t image = threadIdx.x; image < call.images; image += blockDim.x) {
     const DifferenceSums& sums = call.by_image[image];
-    batch[0] = AddSums()(batch[0], sums);
+    batch[0].add(sums);
     const double norm = sqrt(sums.pixels);
     norms[4 + image] = S(norm);
     norm_sum[0] += norm;
@@ -143,12 +128,7 @@ template <class S>
 __global__ void __launch_bounds__(threads, 1) finish_variation(const ImageCall call) {
   double total[1] = {0};
   for (int64_t image = threadIdx.x; image < call.images; image += blockDim.x) {
-    const DifferenceSums& sums = call.by_image[image];
-    double value = sums.isotropic;
-    for (int k = 0; k < call.directions && call.losses != Losses::isotropic; ++k) {
-      value += call.weight[k] * (call.absolute() ? sums.absolute[k] : sums.squares[k]);
-    }
-    if (call.losses == Losses::l2) value = sqrt(value);
+    const double value = call.by_image[image].variation(call.losses, call.directions, call.weight);
     if (call.norms != nullptr) static_cast<S*>(call.norms)[image] = S(value);
     if (call.loss_by_image) static_cast<S*>(call.tv_l1)[image] = S(value);
     total[0] += value;
@@ -159,65 +139,52 @@ __global__ void __launch_bounds__(threads, 1) finish_variation(const ImageCall c
   *static_cast<S*>(call.tv_l1) = S(total[0] / divisor);
 }
 
-// What the differences of an image, their signs, and its pixels are multiplied with
 template <class S>
-struct Coefficients {
-  S linear[4], absolute[4], pixel = 0;
-
-  __device__ __forceinline__ Coefficients(const ImageCall& call, int64_t image) {
-    const auto number = [](const void* of, int64_t i) {
-      return of == nullptr ? 0.0 : double(static_cast<const S*>(of)[i]);
-    };
-    const auto inverse = [](double value) { return value > 0 ? 1 / value : 0.0; };
-    const double images = double(call.images);
-    if (call.losses == Losses::priors) {
-      const double by_l1 = number(call.grad_l1, 0), by_l2 = number(call.grad_l2, 0),
-                   by_norm = number(call.grad_norm, 0);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        absolute[k] = S(by_l1 * call.weight[k]);
-        linear[k] = S(by_l2 * inverse(number(call.given_norms, k)));
-      }
-      pixel = S(by_norm * inverse(number(call.given_norms, 4 + image)) / images);
-      return;
-    }
-    double scale = number(call.grad_l1, call.loss_by_image ? image : 0);
-    if (call.average_images) scale /= images;
-    if (call.losses == Losses::l2) scale *= inverse(number(call.given_norms, image));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      absolute[k] = S(scale * call.weight[k]);
-      linear[k] = S(call.losses == Losses::l2_squared ? 2 * scale * call.weight[k] : scale);
-    }
+__device__ __forceinline__ math::DifferenceCoefficients<S> coefficients_of(const ImageCall& call, int64_t image) {
+  const auto number = [](const void* numbers, int64_t i) {
+    return numbers == nullptr ? 0.0 : double(static_cast<const S*>(numbers)[i]);
+  };
+  const auto norm = [&](int64_t i) { return number(call.given_norms, i); };
+  math::DifferenceCoefficients<S> coefficients;
+  if (call.losses == Losses::priors) {
+    coefficients.set_priors(number(call.grad_l1, 0), number(call.grad_l2, 0), number(call.grad_norm, 0), call.weight,
+                            norm, norm(4 + image), double(call.images));
+    return coefficients;
   }
-};
+  double scale = number(call.grad_l1, call.loss_by_image ? image : 0);
+  if (call.average_images) scale /= double(call.images);
+  if (call.losses == Losses::l2) scale *= math::inverse(norm(image));
+  coefficients.set_variation(call.losses, scale, call.weight);
+  return coefficients;
+}
 
-// The derivative by a pixel of its differences with the eight neighbours
+// The derivative by a pixel of its differences with the eight neighbors
 template <Variation variation, class T, int pack, class S>
-__device__ __forceinline__ void differentiate(const Strip<T>& strip, const Coefficients<S>& by, bool has_above,
-                                              bool has_below, const Window<S, pack>& above, const Window<S, pack>& here,
-                                              const Window<S, pack>& below, S (&gradient)[pack]) {
+__device__ __forceinline__ void differentiate(const Strip<T>& strip, const math::DifferenceCoefficients<S>& by,
+                                              bool has_above, bool has_below, const Window<S, pack>& above,
+                                              const Window<S, pack>& here, const Window<S, pack>& below,
+                                              S (&gradient)[pack]) {
   const ImageCall& call = strip.call;
   const bool vertical = call.directions >= 2, diagonal = call.directions == 4;
-  const bool want_absolute = call.absolute(), want_squares = call.squares();
+  const bool want_absolute = call.uses_absolute(), want_squares = call.uses_squares();
 #pragma unroll
   for (int k = 0; k < pack; ++k) {
     const bool left = strip.has_left(k), right = strip.has_right(k), inside = strip.inside(k);
     const S pixel = here.here[k];
     if constexpr (variation == Variation::isotropic) {
-      // A pixel takes part in its own term, its left and its upper neighbour's.
+      // A pixel takes part in its own term, its left and its upper neighbor's.
       const S eps = S(call.eps);
-      const IsotropicTerm<S> own(pixel, here.right[k], right, below.here[k], has_below, eps);
-      const IsotropicTerm<S> of_left(here.left[k], pixel, left, below.left[k], has_below, eps);
-      const IsotropicTerm<S> of_upper(above.here[k], above.right[k], right, pixel, has_above, eps);
+      const auto own = isotropic_term(pixel, here.right[k], right, below.here[k], has_below, eps);
+      const auto of_left = isotropic_term(here.left[k], pixel, left, below.left[k], has_below, eps);
+      const auto of_upper = isotropic_term(above.here[k], above.right[k], right, pixel, has_above, eps);
       gradient[k] = own.slope(own.dx) + own.slope(own.dy);
       if (left) gradient[k] -= of_left.slope(of_left.dx);
       if (has_above) gradient[k] -= of_upper.slope(of_upper.dy);
       gradient[k] *= by.linear[0];
     } else {
-      S sum = call.pixels() ? pixel * by.pixel : S(0);
-      const auto add = [&](int direction, S neighbour, bool is_pair) {
-        const S difference = pixel - neighbour;
+      S sum = call.uses_pixels() ? pixel * by.pixel : S(0);
+      const auto add = [&](int direction, S neighbor, bool is_pair) {
+        const S difference = pixel - neighbor;
         S slope = want_squares ? difference * by.linear[direction] : S(0);
         if (want_absolute && !want_squares) slope = math::sign(difference) * by.absolute[direction];
         if (want_absolute && want_squares) {
@@ -245,7 +212,7 @@ __global__ void __launch_bounds__(threads, 1) difference_gradients(const ImageCa
   for (int64_t item = blockIdx.x; item < call.images * plan.items_of_image(call); item += gridDim.x) {
     const Strip<T> strip(call, plan, item);
     if (strip.first >= strip.last) continue;
-    const Coefficients<S> coefficients(call, strip.image);
+    const auto coefficients = coefficients_of<S>(call, strip.image);
     Window<S, pack> above = {}, here = {}, below = {};
     if (strip.first > 0) strip.template load<adjacent>(strip.first - 1, here);
     strip.template load<adjacent>(strip.first, below);
@@ -263,7 +230,7 @@ __global__ void __launch_bounds__(threads, 1) difference_gradients(const ImageCa
   }
 }
 
-// body(storage type, whether neighbours are adjacent, variation), each as a compile-time constant
+// body(storage type, whether neighbors are adjacent, variation), each as a compile-time constant
 template <class Body>
 cudaError_t with_variant(const ImageCall& call, const Body& body) {
   using Differences = std::integral_constant<Variation, Variation::differences>;

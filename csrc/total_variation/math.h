@@ -1,4 +1,4 @@
-// Differences of neighbouring pixels, and what a total variation makes of them.
+// Differences of neighboring pixels, and what a total variation and the image priors make of them.
 #pragma once
 
 #include "core/value.h"
@@ -11,7 +11,7 @@ KDKERNELS_INLINE V sign(V x) {
   return select(x > Scalar<V>(0), splat<V>(1), select(x < Scalar<V>(0), splat<V>(-1), x));
 }
 
-// The four differences of a pixel a with its right, lower and lower right neighbour: right, down, and the diagonals.
+// The four differences of a pixel a with its right, lower and lower right neighbor: right, down, and the diagonals.
 template <class V>
 struct Differences {
   V right, down, rising, falling;
@@ -20,12 +20,82 @@ struct Differences {
       : right(a - right_pixel), down(a - lower), rising(lower - right_pixel), falling(a - lower_right) {}
 };
 
-// The derivative by a pixel of linear / 2 * d^2 + absolute * |d|, d = pixel - neighbour. NaN stays NaN by the first
+// The derivative by a pixel of linear / 2 * d^2 + absolute * |d|, d = pixel - neighbor. NaN stays NaN by the first
 // term.
 template <class V>
 KDKERNELS_INLINE V difference_gradient(V difference, Scalar<V> linear, Scalar<V> absolute) {
   V slope = flip_sign(splat<V>(absolute), difference);
   return difference * linear + select(difference == Scalar<V>(0), V{}, slope);
 }
+
+// sqrt(dx^2 + dy^2 + eps) of a pixel. A difference without a neighbor is 0; a pixel without any (`present` is false)
+// has no term.
+template <class V>
+struct IsotropicTerm {
+  V dx, dy, length;
+
+  template <class Mask>
+  KDKERNELS_INLINE IsotropicTerm(V dx, V dy, Mask present, Scalar<V> eps)
+      : dx(dx), dy(dy), length(select(present, square_root(dx * dx + dy * dy + eps), V{})) {}
+
+  // d length / d difference, 0 at length 0
+  KDKERNELS_INLINE V slope(V difference) const {
+    const auto positive = length > Scalar<V>(0);
+    return select(positive, difference / select(positive, length, splat<V>(1)), V{});
+  }
+};
+
+// What the sums of the differences become: the three priors of DeepInversion, or a total variation
+enum class Losses { priors, l1, l2, l2_squared, isotropic };
+
+// Sums over some rows: of |d| and d^2 by direction, of x^2, and the isotropic variation
+struct DifferenceSums {
+  double absolute[4] = {}, squares[4] = {};
+  double pixels = 0;
+  double isotropic = 0;
+
+  KDKERNELS_INLINE void add(const DifferenceSums& other) {
+    for (int k = 0; k < 4; ++k) {
+      absolute[k] += other.absolute[k];
+      squares[k] += other.squares[k];
+    }
+    pixels += other.pixels;
+    isotropic += other.isotropic;
+  }
+
+  // The total variation of an image, with a weight for each direction
+  KDKERNELS_INLINE double variation(Losses losses, int directions, const double (&weight)[4]) const {
+    double value = isotropic;
+    for (int k = 0; k < directions && losses != Losses::isotropic; ++k) {
+      value += weight[k] * (losses == Losses::l1 ? absolute[k] : squares[k]);
+    }
+    return losses == Losses::l2 ? std::sqrt(value) : value;
+  }
+};
+
+// What the gradient multiplies: the differences of an image and their signs by direction, and its pixels
+template <class S>
+struct DifferenceCoefficients {
+  S linear[4] = {}, absolute[4] = {}, pixel = 0;
+
+  // Of the priors: the incoming gradients, and the norms of the differences and of the image
+  template <class Norm>
+  KDKERNELS_INLINE void set_priors(double by_l1, double by_l2, double by_norm, const double (&weight)[4],
+                                   const Norm& norm_of_differences, double norm_of_image, double images) {
+    for (int k = 0; k < 4; ++k) {
+      absolute[k] = S(by_l1 * weight[k]);
+      linear[k] = S(by_l2 * inverse(norm_of_differences(k)));
+    }
+    pixel = S(by_norm * inverse(norm_of_image) / images);
+  }
+
+  // Of a variation: the incoming gradient of the image, for l2 divided by its norm
+  KDKERNELS_INLINE void set_variation(Losses losses, double scale, const double (&weight)[4]) {
+    for (int k = 0; k < 4; ++k) {
+      absolute[k] = S(scale * weight[k]);
+      linear[k] = S(losses == Losses::l2_squared ? 2 * scale * weight[k] : scale);
+    }
+  }
+};
 
 }  // namespace kdkernels::math

@@ -1,26 +1,33 @@
-// What the kernels of the image priors are asked to do, in plain numbers and pointers.
+// How the CPU cuts the work of the image priors, by size alone, and the kernels that do it. No torch.
 #pragma once
 
+#include <algorithm>
+
 #include "core/cpu/capability.h"
+#include "core/cpu/chunks.h"
 #include "core/cpu/storage.h"
-#include "total_variation/image_tensor.h"
+#include "total_variation/arguments.h"
 
 namespace kdkernels::cpu {
 
-struct ImageCall {
-  Storage storage = Storage::float32;
-  int64_t images = 0, planes = 0, rows = 0, length = 0, step = 1;  // length: numbers in a row
-  int64_t block = 1, blocks = 0;                                   // rows of an item, items of a plane
-  int directions = 4;
-  bool absolute = true, squares = true, pixels = true;  // which sums, or which parts of the gradient
-  double eps = 0;                                       // of the isotropic variation
-  ImageTensor input, output;
+constexpr int64_t block_numbers = 8192;  // about as many numbers in an item
 
-  DifferenceSums* partial = nullptr;  // by item
-  DifferenceCoefficients coefficients;
-  const double *image_scale = nullptr, *pixel_scale = nullptr;  // by image
+// An item is a block of neighboring rows of a plane.
+struct ImageCall : ImageArguments {
+  int64_t block, blocks;           // rows of an item, items of a plane
+  bool absolute, squares, pixels;  // which sums, or which parts of the gradient, are wanted
+
+  DifferenceSums* partial = nullptr;                                   // by item
+  const math::DifferenceCoefficients<double>* coefficients = nullptr;  // by image
+
+  explicit ImageCall(const ImageArguments& arguments)
+      : ImageArguments(arguments), absolute(uses_absolute()), squares(uses_squares()), pixels(uses_pixels()) {
+    block = std::clamp<int64_t>(block_numbers / std::max<int64_t>(1, length), 1, std::max<int64_t>(1, rows));
+    blocks = length == 0 ? 0 : (rows + block - 1) / block;
+  }
 
   int64_t items() const { return images * planes * blocks; }
+  Chunks chunks() const { return {items(), block * length}; }
 };
 
 KDKERNELS_KERNEL(void, difference_sums, (const ImageCall& call, int64_t begin, int64_t end), (call, begin, end))

@@ -1,27 +1,14 @@
-// Work on several threads with results that do not depend on their number: chunks are cut by size alone, each
-// leaves its own partial result, and the partial results are combined in order.
+// Work on several threads: each chunk leaves its own partial result, and the partial results are combined in order.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
 #include <vector>
 
+#include "core/cpu/chunks.h"
 #include "core/stable.h"
 
 namespace kdkernels::cpu {
 
-struct Chunks {
-  int64_t items;
-  int64_t size;  // items in a chunk, the last one may have fewer
-
-  // About `chunk_cost` operations a chunk: enough to hide the cost of handing it to a thread.
-  Chunks(int64_t items, int64_t cost_of_item, int64_t chunk_cost = 32768)
-      : items(items), size(std::max<int64_t>(1, chunk_cost / std::max<int64_t>(1, cost_of_item))) {}
-
-  int64_t count() const { return (items + size - 1) / size; }
-};
-
-// body(chunk, begin, end) for every chunk. It must not throw: an exception would lose its text in a thread.
+// Calls body(chunk, begin, end) for every chunk. It must not throw: an exception would lose its text in a thread.
 template <class Body>
 void for_each_chunk(const Chunks& chunks, const Body& body) {
   torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t first, int64_t last) {
@@ -29,6 +16,12 @@ void for_each_chunk(const Chunks& chunks, const Body& body) {
       body(chunk, chunk * chunks.size, std::min(chunks.items, (chunk + 1) * chunks.size));
     }
   });
+}
+
+// Calls kernel(call, begin, end) for every chunk of a call's work.
+template <class Call>
+void run_kernel(void (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
+  for_each_chunk(call.chunks(), [&](int64_t, int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
 // The sum of body(begin, end) over all chunks, in their order

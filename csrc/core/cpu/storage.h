@@ -1,4 +1,4 @@
-// How numbers lie in memory, known at run time. No torch: kernels include this.
+// From a storage known at run time to types known at compile time. No torch: kernels include this.
 #pragma once
 
 #include "core/cpu/simd.h"
@@ -6,7 +6,7 @@
 
 namespace kdkernels::cpu {
 
-// body(T()) with the type that the numbers are stored as
+// Calls body(T()) with the type that the numbers are stored as.
 template <class Body>
 KDKERNELS_INLINE void with_storage(Storage storage, const Body& body) {
   switch (storage) {
@@ -19,6 +19,13 @@ KDKERNELS_INLINE void with_storage(Storage storage, const Body& body) {
     default:
       return body(float());
   }
+}
+
+// Calls body(V(), T()) with the vector of so many bytes that the numbers are computed in, and the type that they are
+// stored as.
+template <int bytes, class Body>
+KDKERNELS_INLINE void with_vectors(Storage storage, const Body& body) {
+  with_storage(storage, [&](auto type) { body(Vector<Compute<decltype(type)>, bytes>(), type); });
 }
 
 }  // namespace kdkernels::cpu

@@ -1,4 +1,4 @@
-// From torch's tensors to kernels: the device, its stream, and scalars that may lie on either side
+// From torch's tensors to CUDA kernels: the device, its stream, and scalars that may lie on the host or on the device.
 #pragma once
 
 #include "core/cuda/launch.cuh"
@@ -18,7 +18,7 @@
 
 namespace kdkernels::cuda {
 
-// Makes a tensor's device the current one, as long as it lives; its stream is the one that torch works on.
+// Makes a tensor's device the current one for as long as this object lives; its stream is the one that torch works on.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
@@ -44,7 +44,7 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-// Memory for partial results, of the call's own: two streams may run an op at once.
+// Memory for the partial results of one call: two streams may run an op at once.
 inline Tensor workspace(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, std::array<int64_t, 1>{bytes}, ScalarType::Byte);
 }
@@ -52,6 +52,11 @@ inline Tensor workspace(const Tensor& like, int64_t bytes) {
 inline ScalarArgument scalar_argument(const Tensor& scalar) {
   if (KDKERNELS_SCALARS_ON_DEVICE) return {scalar.const_data_ptr(), storage_of(scalar), 0};
   return {nullptr, Storage::float64, read_scalar(scalar)};
+}
+
+// The value of a scalar argument, or `otherwise` where only the device knows it
+inline double known_value(const ScalarArgument& scalar, double otherwise) {
+  return scalar.device == nullptr ? scalar.value : otherwise;
 }
 
 }  // namespace kdkernels::cuda

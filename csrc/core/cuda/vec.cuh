@@ -33,24 +33,19 @@ __device__ __forceinline__ T to_stored(S value) {
   }
 }
 
-template <class S>
-struct Dtype {
-  using type = S;
-};
-
-// body(Dtype<T>()) with the type that numbers are stored as. All threads have the same storage: the branch costs
+// body(Type<T>()) with the type that numbers are stored as. All threads have the same storage: the branch costs
 // next to nothing beside the memory access that follows it.
 template <class Body>
 __device__ __forceinline__ decltype(auto) with_storage(Storage storage, const Body& body) {
   switch (storage) {
     case Storage::float64:
-      return body(Dtype<double>());
+      return body(Type<double>());
     case Storage::float16:
-      return body(Dtype<__half>());
+      return body(Type<__half>());
     case Storage::bfloat16:
-      return body(Dtype<__nv_bfloat16>());
+      return body(Type<__nv_bfloat16>());
     default:
-      return body(Dtype<float>());
+      return body(Type<float>());
   }
 }
 
@@ -169,22 +164,18 @@ struct Run {
   }
 };
 
-// What numbers stored as T are computed as
-template <class T>
-using Compute = std::conditional_t<sizeof(T) == 8, double, float>;
-
-// body(Dtype<T>()) on the host, with the type that numbers are stored as
+// body(Type<T>()) on the host, with the type that numbers are stored as
 template <class Body>
 cudaError_t for_storage(Storage storage, const Body& body) {
   switch (storage) {
     case Storage::float64:
-      return body(Dtype<double>());
+      return body(Type<double>());
     case Storage::float16:
-      return body(Dtype<__half>());
+      return body(Type<__half>());
     case Storage::bfloat16:
-      return body(Dtype<__nv_bfloat16>());
+      return body(Type<__nv_bfloat16>());
     default:
-      return body(Dtype<float>());
+      return body(Type<float>());
   }
 }
 

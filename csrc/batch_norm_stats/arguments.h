@@ -1,0 +1,47 @@
+// What a call of the batch-norm statistics asks for, in plain numbers: one description for both devices. No torch, no
+// CUDA: kernels include this.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "batch_norm_stats/math.h"
+#include "core/storage.h"
+
+namespace kdkernels {
+
+// A tensor [N, C, ...] as rows of channels (channels_last, and 2-d) or as planes of one channel each
+struct ChannelTensor {
+  void* data = nullptr;
+  int64_t sample_stride = 0, channel_stride = 0;  // of planes
+  int64_t row_stride = 0;                         // of rows
+};
+
+// An activation, and for the backward of its tap the gradients that belong to it
+struct BatchNormArguments {
+  Storage storage = Storage::float32;
+  bool rows = false;                             // else planes
+  int64_t samples = 0, channels = 0, plane = 0;  // plane: values of one sample and channel
+  ChannelTensor input, grad_output, output;
+  bool unbiased = false;
+
+  KDKERNELS_INLINE double count() const { return double(samples) * double(plane); }
+  KDKERNELS_INLINE double divisor() const { return unbiased ? count() - 1 : count(); }
+};
+
+template <class T>
+KDKERNELS_INLINE T* at(const ChannelTensor& tensor, int64_t offset) {
+  return tensor.data == nullptr ? nullptr : static_cast<T*>(tensor.data) + offset;
+}
+KDKERNELS_INLINE int64_t plane_offset(const ChannelTensor& tensor, int64_t sample, int64_t channel) {
+  return sample * tensor.sample_stride + channel * tensor.channel_stride;
+}
+
+inline math::StatDistance stat_distance(const std::string& mode, const std::string& moment, int64_t channels) {
+  const math::StatMode stat_mode = mode == "l2"        ? math::StatMode::l2
+                                   : mode == "squared" ? math::StatMode::squared
+                                                       : math::StatMode::gaussian_kl;
+  return {stat_mode, moment == "std", double(channels)};
+}
+
+}  // namespace kdkernels

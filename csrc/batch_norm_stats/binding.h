@@ -1,0 +1,114 @@
+// From torch's tensors to the arguments of a call: what the bindings of both devices share.
+#pragma once
+
+#include <array>
+#include <optional>
+
+#include "batch_norm_stats/arguments.h"
+#include "core/dispatch.h"
+
+namespace kdkernels {
+
+// The stride of the dimensions from `first` on, without `skipped`, if they are stepped through evenly
+inline std::optional<int64_t> even_stride(const Tensor& tensor, int64_t first, int64_t skipped) {
+  std::optional<int64_t> stride;
+  int64_t expected = 0;
+  for (int64_t d = tensor.dim() - 1; d >= first; --d) {
+    if (d == skipped || tensor.size(d) == 1) continue;
+    if (!stride) {
+      stride = tensor.stride(d);
+    } else if (tensor.stride(d) != expected) {
+      return std::nullopt;
+    }
+    expected = tensor.stride(d) * tensor.size(d);
+  }
+  return stride ? *stride : 1;
+}
+
+inline std::optional<ChannelTensor> as_rows(const Tensor& tensor) {
+  const auto stride = even_stride(tensor, 0, 1);
+  if (!stride || (tensor.stride(1) != 1 && tensor.size(1) > 1)) return std::nullopt;
+  return ChannelTensor{const_cast<void*>(tensor.const_data_ptr()), 0, 0, *stride};
+}
+
+inline std::optional<ChannelTensor> as_planes(const Tensor& tensor) {
+  const auto stride = even_stride(tensor, 2, -1);
+  if (!stride || *stride != 1) return std::nullopt;
+  return ChannelTensor{const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), 0};
+}
+
+inline std::optional<ChannelTensor> as_layout(const Tensor& tensor, bool rows) {
+  return rows ? as_rows(tensor) : as_planes(tensor);
+}
+
+// Whether to take a tensor as rows: where channels are neighbors in memory, or planes have one value.
+inline bool prefers_rows(const Tensor& tensor) {
+  const bool neighbors = tensor.stride(1) == 1 && tensor.size(1) > 1;
+  return as_rows(tensor) && (neighbors || tensor.numel() == tensor.size(0) * tensor.size(1));
+}
+
+// The tensor, or a contiguous copy where it can be taken neither as rows nor as planes
+inline Tensor readable(const Tensor& tensor) {
+  return as_layout(tensor, prefers_rows(tensor)) ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline BatchNormArguments arguments_of(const Tensor& input, bool unbiased) {
+  BatchNormArguments arguments;
+  arguments.storage = storage_of(input);
+  arguments.samples = input.size(0);
+  arguments.channels = input.size(1);
+  arguments.plane = 1;
+  for (int64_t d = 2; d < input.dim(); ++d) arguments.plane *= input.size(d);
+  arguments.rows = prefers_rows(input);
+  arguments.input = *as_layout(input, arguments.rows);
+  arguments.unbiased = unbiased;
+  return arguments;
+}
+
+// The big tensors of the tap's backward, in one layout
+class TapTensors {
+ public:
+  BatchNormArguments arguments;
+
+  TapTensors(const Tensor& original, const Tensor& result, const std::optional<Tensor>& grad_output, bool unbiased)
+      : big_(original, result,
+             as_layout(original, prefers_rows(original)) && as_layout(result, prefers_rows(original))) {
+    arguments = arguments_of(big_.input, unbiased);
+    arguments.output = *as_layout(big_.output, arguments.rows);
+    if (!grad_output) return;
+    grad_output_ = *grad_output;
+    if (!as_layout(*grad_output_, arguments.rows)) {
+      grad_output_ = torch::stable::empty_like(big_.output);
+      torch::stable::copy_(*grad_output_, *grad_output);
+    }
+    arguments.grad_output = *as_layout(*grad_output_, arguments.rows);
+  }
+
+  Tensor finish() { return big_.finish(); }
+
+ private:
+  InputAndOutput big_;
+  std::optional<Tensor> grad_output_;
+};
+
+// One number per channel, in the dtype that results have
+inline Tensor new_statistic(const Tensor& input) {
+  return torch::stable::new_empty(input, std::array<int64_t, 1>{input.size(1)}, compute_dtype(input));
+}
+
+// The statistics that a distance compares, or their gradients: mean, variance, running mean, running variance
+using FourTensors = std::array<Tensor, 4>;
+
+inline FourTensors dense_statistics(const Tensor& mean, const Tensor& var, const Tensor& running_mean,
+                                    const Tensor& running_var) {
+  return {torch::stable::contiguous(mean), torch::stable::contiguous(var), torch::stable::contiguous(running_mean),
+          torch::stable::contiguous(running_var)};
+}
+
+inline FourTensors new_gradients(const Tensor& mean) {
+  const std::array<int64_t, 1> shape{mean.size(0)};
+  return {torch::stable::new_empty(mean, shape), torch::stable::new_empty(mean, shape),
+          torch::stable::new_empty(mean, shape), torch::stable::new_empty(mean, shape)};
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,97 @@
+// From torch's tensors to the arguments of a call: what the bindings of both devices share.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/dispatch.h"
+#include "softmax_divergence/arguments.h"
+
+namespace kdkernels {
+
+// The arguments that the forward and the backward have in common, as torch passes them
+struct SoftmaxTensors {
+  const Tensor &input, &target;
+  const std::optional<Tensor>& labels;
+  const Tensor &temperature, &divergence_weight, &label_weight, &beta;
+  int64_t dim;
+  const std::string &divergence, &reduction;
+  int64_t ignore_index;
+};
+
+// A call in preparation: its shape comes from the student's logits; gradients are added afterwards.
+template <class Number>
+class SoftmaxPreparation {
+ public:
+  SoftmaxArguments<Number> arguments;
+
+  // read_number(tensor) reads a 0-dim tensor.
+  template <class ReadNumber>
+  SoftmaxPreparation(const SoftmaxTensors& given, const ReadNumber& read_number) : dim_(given.dim) {
+    layout_.classes = given.input.size(dim_);
+    for (int64_t d = 0; d < given.input.dim(); ++d) {
+      if (d == dim_) continue;
+      layout_.positions *= given.input.size(d);
+      layout_.outer_size[layout_.outer_dims++] = given.input.size(d);
+    }
+    add(student, given.input);
+    add(teacher, given.target);
+    arguments.is_double = is_double(given.input) || is_double(given.target);
+    arguments.temperature = read_number(given.temperature);
+    arguments.beta = read_number(given.beta);
+    arguments.divergence_weight = read_number(given.divergence_weight);
+    arguments.label_weight = read_number(given.label_weight);
+    // The kernels give NaN where a number that only the device knows is wrong.
+    check_temperature(known_value(arguments.temperature, 1));
+    arguments.choose_divergence(given.divergence, known_value(arguments.beta, 0.5));
+    labels_ = dense(given.labels);
+    if (labels_) arguments.labels = labels_->const_data_ptr<int64_t>();
+    arguments.ignored_label = given.ignore_index;
+    arguments.choose_divisor(given.reduction, given.input.dim(), given.input.size(0), positions());
+  }
+
+  void add(OperandIndex index, const Tensor& tensor) {
+    SoftmaxOperand<max_dims>& operand = layout_.operand[index];
+    operand.data = const_cast<void*>(tensor.const_data_ptr());
+    operand.storage = storage_of(tensor);
+    operand.class_stride = tensor.stride(dim_);
+    for (int64_t d = 0, kept = 0; d < tensor.dim(); ++d) {
+      if (d != dim_) operand.outer_stride[kept++] = tensor.stride(d);
+    }
+  }
+
+  int64_t positions() const { return layout_.positions; }
+  ScalarType dtype() const { return compute_dtype(arguments.is_double); }
+
+  SoftmaxLayout<max_dims> layout() const {
+    SoftmaxLayout<max_dims> result = layout_;
+    result.join();
+    return result;
+  }
+
+  // The uninitialized loss: a number, or one per position
+  Tensor new_loss(const SoftmaxTensors& given) const {
+    std::vector<int64_t> shape;
+    for (int64_t d = 0; given.reduction == "none" && d < given.input.dim(); ++d) {
+      if (d != dim_) shape.push_back(given.input.size(d));
+    }
+    return torch::stable::new_empty(given.input, shape, dtype());
+  }
+
+  // `grad_output` must outlive the call.
+  void set_grad_output(const Tensor& grad_output, const std::string& reduction) {
+    arguments.grad_output = grad_output.const_data_ptr();
+    arguments.grad_stride = reduction == "none" ? 1 : 0;
+  }
+  void check_grad_output(const Tensor& grad_output) const {
+    STD_TORCH_CHECK(grad_output.scalar_type() == dtype(), "grad_output must have the dtype of the loss");
+  }
+
+ private:
+  int64_t dim_;
+  SoftmaxLayout<max_dims> layout_;
+  std::optional<Tensor> labels_;
+};
+
+}  // namespace kdkernels
