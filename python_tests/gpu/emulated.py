@@ -19,7 +19,7 @@ def library(variant: Variant) -> Library:
     turns, and take 0-dim tensors as a GPU's, whose values only the kernels see.
     """
     sources = [*sorted(ROOT.glob("csrc/*/cuda_kernels.cu")), *sorted(ROOT.glob("csrc/*/cuda.cpp"))]
-    sources += [HERE / "torch_shim.cpp", HERE / "plans.cpp"]
+    sources += [HERE / "torch_shim.cpp", *sorted(ROOT.glob("python_tests/ops/*_plans.cpp"))]
     flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000ull", "-DUSE_CUDA", "-DKDKERNELS_DISPATCH_KEY=CPU"]
     if variant != "plain":
         flags += ["-DKDKERNELS_SCALARS_ON_DEVICE=1", "-DKDKERNELS_MOST_BLOCKS=3"]

@@ -6,7 +6,6 @@ import mmap
 import pytest
 import torch
 from contract import TARGET
-from emulated import installed
 
 from kdkernels.ops._cases import registry
 from kdkernels.testing.selftest import results_of
@@ -78,42 +77,3 @@ def test_offsets_past_two_billion_elements(call, dtype):
     expected = results_of(call.function, tensors, differentiable)
     for a, b in zip(expected, results_of(call.function, far, differentiable), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-class Plan(ctypes.Structure):
-    _fields_ = (("grid", ctypes.c_int64), ("block", ctypes.c_int64), ("shared", ctypes.c_int64),
-                ("covered", ctypes.c_int64))  # fmt: skip
-
-
-BIG = 2**33 + 5
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "needed"),
-    [
-        *(
-            ("softmax_plan", (positions, classes, *strides, backward), positions)
-            for positions, classes in ((BIG, 10), (BIG, 500), (2**20, 2**31 + 7), (1, 1), (7, 40000))
-            for strides in ((1, classes), (positions, 1))
-            for backward in (0, 1)
-        ),
-        *(
-            ("batch_norm_plan", (samples, channels, plane, rows, gradient), samples * (plane if rows else 1))
-            for samples, channels, plane in ((BIG, 3, 1), (4, 5, BIG), (1, BIG, 2), (1, 1, 1), (256, 64, 1024))
-            for rows in (0, 1)
-            for gradient in (0, 1)
-        ),
-        *(("image_plan", (images, 3, rows, length), rows) for images, rows, length in
-          ((BIG, 9, 9), (1, BIG, 5), (1, 5, BIG), (1, 1, 1), (64, 224, 224))),
-        *(("scale_plan", (count,), count) for count in (BIG, 2**40, 1)),
-    ],
-)  # fmt: skip
-def test_launches_cover_the_work_within_the_limits_of_a_gpu(name, arguments, needed):
-    function = getattr(installed(), name)
-    function.restype = Plan
-    plan = function(*(ctypes.c_int64(a) for a in arguments))
-    assert 1 <= plan.grid <= 2**31 - 1
-    assert 32 <= plan.block <= 1024
-    assert plan.block % 32 == 0
-    assert 0 <= plan.shared <= 232448
-    assert plan.covered >= needed
