@@ -1,4 +1,5 @@
-// The Python module kdkernels._cuda: for which GPUs it was built. Importing it registers the CUDA kernels with torch.
+// The Python module kdkernels._cuda, which tells what GPUs it was built for. Importing it registers the CUDA kernels
+// with torch.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 

@@ -1,5 +1,5 @@
-// The Python module kdkernels._C: what was built, and the formulas' building blocks for unit tests. Ops do not
-// pass through here; importing it registers them with torch.
+// The Python module kdkernels._C: what was built, and the building blocks of formulas for unit tests. Ops do not pass
+// through here; importing the module registers them with torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -28,7 +28,7 @@ py::dict build_info() {
   return info;
 }
 
-// A function of csrc/math, number by number (one CUDA thread's view) or in the lanes of vectors
+// A function of core/fast_exp.h, number by number (as in a CUDA thread) or in the lanes of vectors
 template <class S>
 std::vector<S> evaluate(const std::string& name, std::vector<S> values, bool vectors) {
   if (vectors) {
@@ -40,7 +40,7 @@ std::vector<S> evaluate(const std::string& name, std::vector<S> values, bool vec
   return values;
 }
 
-// 16-bit storage: float -> T -> float, as kernels store and load
+// Stores and loads numbers in 16 bits as kernels do.
 std::vector<float> round_trip(std::vector<float> values, const std::string& dtype) {
   const Storage storage = dtype == "float16" ? Storage::float16 : Storage::bfloat16;
   cpu::round_trip(values.data(), int64_t(values.size()), storage);

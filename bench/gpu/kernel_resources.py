@@ -1,10 +1,10 @@
-"""What the CUDA kernels take of a GPU, without a GPU: registers, shared memory, spills, and the width of their loads.
+"""The resources that the CUDA kernels need, without a GPU: registers, shared memory, spills, and the width of loads.
 
     python -m bench.gpu.kernel_resources [--write]
 
-Compiles the CUDA kernels with nvcc and compares with the budgets in bench/budgets/cuda.json; --write writes them, with
-the registers rounded up to a multiple of 8, which is how a GPU gives them out. Needs nvcc, and cuobjdump from a CUDA
-toolkit or from the package of Triton.
+Compiles the CUDA kernels with nvcc and compares them with the budgets in bench/budgets/cuda.json; --write updates the
+budgets, with the registers rounded up to a multiple of 8, which is how a GPU allocates them. Needs nvcc, and cuobjdump
+from a CUDA toolkit or from the Triton package.
 """
 
 import argparse
@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = ROOT / "bench/budgets/cuda.json"
 ARCHITECTURES = ("80", "90", "100", "120")
 SOURCES = sorted(ROOT.glob("csrc/*/cuda_kernels.cu"))
-# Kernels that meet a whole tensor load 16 bytes at a time where they can; a position a thread is read number by number,
-# and what combines partial results meets next to nothing.
+# Kernels that read a whole tensor load 16 bytes at a time where they can. Exceptions: with a thread per position they
+# read number by number, and what combines partial results reads next to nothing.
 NARROW = re.compile(r"^(finish|sum_images|stat_distance|(forward|backward)<\w+, \(Group\)0)")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a kernel takes."""
+    """The resources of a kernel."""
 
     registers: int
     shared: int  # bytes
@@ -50,7 +50,7 @@ def cuobjdump() -> str | None:
 
 
 def architectures() -> list[str]:
-    """Return those of ARCHITECTURES that the nvcc at hand compiles for."""
+    """Return those of ARCHITECTURES that the installed nvcc compiles for."""
     known = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     return [architecture for architecture in ARCHITECTURES if f"sm_{architecture}" in known]
 
@@ -63,7 +63,7 @@ def readable(names: list[str]) -> list[str]:
 
 
 def compile_kernels(source: Path, output: Path, names: list[str]) -> str:
-    """Compile one file for some architectures and return what ptxas says of each kernel."""
+    """Compile one file for some architectures and return what ptxas prints about each kernel."""
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names]
     command = [nvcc(), "-O3", "-c", *code, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", str(source), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -73,7 +73,7 @@ def compile_kernels(source: Path, output: Path, names: list[str]) -> str:
 
 
 def usages_in(text: str) -> dict[str, dict[str, Usage]]:
-    """Return, by kernel and architecture, what ptxas printed."""
+    """Parse the output of ptxas into resources by kernel and architecture."""
     found = re.findall(
         r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
         r"loads.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
@@ -99,7 +99,7 @@ def wide_loads_in(compiled: Path) -> dict[str, bool]:
 
 
 def measure() -> tuple[dict[str, dict[str, Usage]], dict[str, bool]]:
-    """Compile everything; return what each kernel takes, and whether it loads 16 bytes at a time."""
+    """Compile everything; return the resources of each kernel, and whether it loads 16 bytes at a time."""
     usages: dict[str, dict[str, Usage]] = {}
     wide: dict[str, bool] = {}
     names = architectures()
@@ -121,7 +121,7 @@ def measure() -> tuple[dict[str, dict[str, Usage]], dict[str, bool]]:
 
 
 def complaints(usages: dict[str, dict[str, Usage]], wide: dict[str, bool], budgets: dict[str, dict]) -> list[str]:
-    """Return what is not as it should be, a sentence each."""
+    """Return a sentence for everything that breaks a budget."""
     result = [f"{kernel} is gone, but has a budget" for kernel in sorted(budgets.keys() - usages.keys())]
     for kernel, by_architecture in sorted(usages.items()):
         budget = budgets.get(kernel)
@@ -143,7 +143,7 @@ def complaints(usages: dict[str, dict[str, Usage]], wide: dict[str, bool], budge
 
 
 def write_budgets(usages: dict[str, dict[str, Usage]]) -> None:
-    """Write what the kernels take now as the budgets to keep."""
+    """Write the current resources as the budgets."""
     budgets = {
         kernel: {
             "registers": {name: -(-usage.registers // 8) * 8 for name, usage in sorted(by_architecture.items())},

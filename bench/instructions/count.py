@@ -1,11 +1,12 @@
-"""How many instructions the CPU kernels take: a figure without noise, on any machine and beside any other work.
+"""Count the instructions that the CPU kernels take: a number without noise, on any machine and beside any other work.
 
     python -m bench.instructions.count [--write]
 
-Compiles the AVX2 kernels and bench/instructions/driver.cpp with g++, counts every case with callgrind, and compares
-with the budgets in bench/budgets/instructions.json; --write makes them anew. Exit status: 0 within the budgets, 1
-over them, 3 where nothing can be counted. Needs g++, valgrind, and an x86-64 processor with AVX2 (valgrind knows no
-AVX-512). Instructions are not time: they say that code has changed, a benchmark says what that is worth.
+Compiles the AVX2 kernels and bench/instructions/driver.cpp with g++, counts the cases in csrc/<op>/counted.h with
+callgrind, and compares them with the budgets in bench/budgets/instructions.json; --write updates the budgets. Exit
+status: 0 within the budgets, 1 over them, 3 if nothing can be counted. Needs g++, valgrind, and an x86-64 processor
+with AVX2 (valgrind does not support AVX-512). Instructions are not time: they show that code has changed, and a
+benchmark shows what that is worth.
 """
 
 import argparse
@@ -26,10 +27,10 @@ BUDGETS = ROOT / "bench/budgets/instructions.json"
 KERNELS = ROOT / "csrc/isa/avx2.cpp"
 DRIVER = ROOT / "bench/instructions/driver.cpp"
 COMPILER = "g++"
-# What setup.py gives the compiler; torch adds the standard.
+# The flags of setup.py; torch adds the standard.
 FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-fno-math-errno", "-g0"]
 STANDARD = "-std=c++20"
-# What CPython adds on most systems. Written down, so that the counts are the same with every Python.
+# The flags that CPython adds on most systems, fixed here so that the counts are the same with every Python.
 PYTHON_FLAGS = ["-DNDEBUG", "-fwrapv", "-fPIC"]
 MARGIN = 0.03
 MARGIN_OF_ANOTHER_COMPILER = 0.15  # another major version chooses other instructions for the same code
@@ -38,14 +39,14 @@ NOT_HERE = 3
 
 @dataclass(frozen=True)
 class Count:
-    """What one case takes, and of how many numbers in its input."""
+    """The instructions of one case, and the number of elements of its input."""
 
     instructions: int
     elements: int
 
 
 def why_not_here() -> str | None:
-    """Return why instructions cannot be counted on this machine, or None where they can."""
+    """Return why instructions cannot be counted on this machine, or None if they can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"instructions are counted on x86-64 Linux only; this is {sys.platform} on {platform.machine()}"
     if "avx2" not in Path("/proc/cpuinfo").read_text().split():
@@ -61,7 +62,7 @@ def compiler_version() -> str:
 
 
 def run(*command: str | Path) -> str:
-    """Run a command and return what it prints; what it says of an error is part of the exception."""
+    """Run a command and return its output; if it fails, what it prints is part of the exception."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed with status {result.returncode}:\n{result.stderr}")
@@ -82,13 +83,13 @@ def build(folder: Path) -> Path:
             )
         )
     program = folder / "driver"
-    # Functions of libraries are found before anything is counted, not at their first call.
+    # Library functions are resolved before anything is counted, not at their first call.
     run(COMPILER, *objects, "-Wl,-z,now", "-o", program)
     return program
 
 
 def count(program: Path) -> dict[str, Count]:
-    """Run the program under callgrind, which writes a file for every call of measured(), and return all counts."""
+    """Run the program under callgrind, which writes one file per call of measured(), and return all counts."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "counts"
         options = ["--toggle-collect=measured", "--dump-after=measured", f"--callgrind-out-file={output}"]
@@ -105,12 +106,12 @@ def count(program: Path) -> dict[str, Count]:
 
 
 def margin(recorded: str, version: str) -> float:
-    """Return how far counts may lie above budgets that another version of the compiler may have made."""
+    """Return how far counts may lie above the budgets, which another version of the compiler may have made."""
     return MARGIN if recorded.split(".")[0] == version.split(".")[0] else MARGIN_OF_ANOTHER_COMPILER
 
 
 def complaints(counts: dict[str, Count], budgets: dict[str, Count], allowed: float) -> list[str]:
-    """Return what is not as it should be, a sentence each."""
+    """Return a sentence for every case that breaks its budget."""
     result = [f"{name} is gone, but has a budget" for name in budgets if name not in counts]
     for name, found in counts.items():
         budget = budgets.get(name)
@@ -128,7 +129,7 @@ def complaints(counts: dict[str, Count], budgets: dict[str, Count], allowed: flo
 
 
 def savings(counts: dict[str, Count], budgets: dict[str, Count], allowed: float) -> list[str]:
-    """Return the cases that take so much less than their budgets that these should be written anew."""
+    """Return a sentence for every case that takes so much less than its budget that this should be updated."""
     return [
         f"{name} takes {1 - found.instructions / budgets[name].instructions:.1%} fewer instructions than its budget"
         for name, found in counts.items()
@@ -137,7 +138,7 @@ def savings(counts: dict[str, Count], budgets: dict[str, Count], allowed: float)
 
 
 def table(counts: dict[str, Count], budgets: dict[str, Count]) -> str:
-    """Return a line for each case."""
+    """Return a table with a line per case."""
     width = max(map(len, counts))
     lines = [f"{'case':{width}}  instructions  per element    budget   change"]
     for name, found in counts.items():
@@ -150,14 +151,14 @@ def table(counts: dict[str, Count], budgets: dict[str, Count]) -> str:
 
 
 def write_budgets(counts: dict[str, Count]) -> None:
-    """Write what the kernels take now as the budgets to keep."""
+    """Write the current counts as the budgets."""
     cases = [f"    {json.dumps(name)}: {json.dumps(asdict(found))}" for name, found in counts.items()]
     head = f'  "compiler": "{COMPILER}",\n  "version": "{compiler_version()}",\n  "cases": '
     BUDGETS.write_text("{\n" + head + "{\n" + ",\n".join(cases) + "\n  }\n}\n")
 
 
 def read_budgets() -> tuple[str, dict[str, Count]]:
-    """Return the version of the compiler that the budgets were made with, and the budgets."""
+    """Return the compiler version that the budgets were made with, and the budgets."""
     content = json.loads(BUDGETS.read_text())
     return content["version"], {name: Count(**budget) for name, budget in content["cases"].items()}
 
@@ -182,7 +183,7 @@ def main() -> None:
         print(f"the budgets were made with {COMPILER} {recorded}, this is {version}: {allowed:.0%} is allowed")
     fewer = savings(counts, budgets, allowed)
     if fewer:
-        print("\n".join([*fewer, "write the budgets anew with --write, so that this is kept"]))
+        print("\n".join([*fewer, "update the budgets with --write to keep this"]))
     found = complaints(counts, budgets, allowed)
     print("\n".join(found) or f"{len(counts)} cases within their budgets")
     sys.exit(bool(found))

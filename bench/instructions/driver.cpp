@@ -1,5 +1,5 @@
-// Calls the AVX2 compilation of every CPU kernel the way its binding does, case after case on one thread, for callgrind
-// to count the instructions of each. Prints the elements and the name of every case, in their order.
+// Runs the cases of every op, on one thread, for callgrind to count the instructions of each. Prints the elements and
+// the name of every case, in the order of the counts.
 #define KDKERNELS_CAPABILITY avx2
 
 #include <cstdio>
@@ -9,15 +9,15 @@
 #include "core/cpu/counting.h"
 #include "counted_of_every_op.h"  // written by the build: C++ cannot look for files
 
-// Only what runs inside this function is counted. What follows the call keeps it from becoming a jump that callgrind
-// would not see return.
+// Only what runs inside this function is counted. The statement after the call keeps the call from becoming a jump,
+// whose return callgrind would not see.
 extern "C" __attribute__((noinline)) void measured(const std::function<void()>& body) {
   body();
   asm volatile("" ::: "memory");
 }
 
-// Kernels give their working memory back in the opposite order. What malloc does for them depends on all that was
-// allocated before: a case would count differently because of the cases before it.
+// The working memory of kernels, which they give back in the opposite order. The work of malloc would depend on
+// everything that was allocated before, and the count of a case on the cases before it.
 alignas(64) static unsigned char memory[1 << 20];
 static std::size_t memory_used = 0;
 

@@ -41,10 +41,10 @@ inline std::optional<ChannelTensor> as_layout(const Tensor& tensor, bool rows) {
   return rows ? as_rows(tensor) : as_planes(tensor);
 }
 
-// Whether to take a tensor as rows: where channels are neighbors in memory, or planes have one value.
+// Whether to take a tensor as rows: where channels are neighbours in memory, or planes have one value.
 inline bool prefers_rows(const Tensor& tensor) {
-  const bool neighbors = tensor.stride(1) == 1 && tensor.size(1) > 1;
-  return as_rows(tensor) && (neighbors || tensor.numel() == tensor.size(0) * tensor.size(1));
+  const bool neighbours = tensor.stride(1) == 1 && tensor.size(1) > 1;
+  return as_rows(tensor) && (neighbours || tensor.numel() == tensor.size(0) * tensor.size(1));
 }
 
 // The tensor, or a contiguous copy where it can be taken neither as rows nor as planes

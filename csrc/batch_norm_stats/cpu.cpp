@@ -62,7 +62,7 @@ Tensor batch_norm_tap_backward(std::optional<Tensor> grad_output, std::optional<
   return tensors.finish();
 }
 
-// All layers' statistics lie one after another in flat tensors; body(layer, first channel, distance) for each.
+// Calls body(layer, first channel, distance) for each layer; their statistics lie one after another in flat tensors.
 template <class Body>
 void for_each_layer(const std::vector<int64_t>& channels, const std::string& mode, const std::string& moment,
                     const Body& body) {
@@ -73,7 +73,7 @@ void for_each_layer(const std::vector<int64_t>& channels, const std::string& mod
   }
 }
 
-// The statistics that are compared, channel by channel
+// The statistics of each channel
 template <class S>
 struct Channels {
   const S* data[4];

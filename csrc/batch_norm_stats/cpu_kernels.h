@@ -1,8 +1,8 @@
 // Batch-norm statistics in one read of the activation, and their gradient in one more.
 //
-// A group of values small enough for the cache is summed twice: for its mean, exactly, then around it. Groups
-// are merged in double precision. So the mean is exact even where it is small, and the variance even where
-// the mean is large.
+// A group of values small enough for the cache is summed twice: exactly, for its mean, and then around the mean. Groups
+// are merged in double precision or better. This keeps the mean accurate where it is small, and the variance where the
+// mean is large.
 #pragma once
 
 #include "batch_norm_stats/plan.h"
@@ -11,7 +11,8 @@
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
-// body(vector) for `count` numbers, close() after every block of a BlockedSum; lanes past the end hold `fill`.
+// Calls body(vector) for `count` numbers, and close() after every block of a BlockedSum; lanes past the end hold
+// `fill`.
 template <class V, class T, class Body, class Close>
 KDKERNELS_INLINE void for_each_vector(const T* source, int64_t count, Scalar<V> fill, const Body& body,
                                       const Close& close) {
@@ -29,7 +30,7 @@ template <class V, class T>
 Moments plane_moments(const BatchNormCall& call, int64_t channel, int64_t first, int64_t last) {
   using S = Scalar<V>;
   const T* const data = static_cast<const T*>(call.input.data) + channel * call.input.channel_stride;
-  // Long planes are cut, so that the second sum finds them in the first-level cache.
+  // Long planes are cut so that the second sum finds them in the first-level cache.
   constexpr int64_t cut = 4096;
   Moments total;
   for (int64_t start = 0; start < call.plane; start += cut) {
@@ -60,7 +61,7 @@ Moments plane_moments(const BatchNormCall& call, int64_t channel, int64_t first,
   return total;
 }
 
-// `width` neighbouring vectors of channels, all rows of the group
+// The moments of `width` neighbouring vectors of channels over all rows of the group
 template <int width, class V, class T>
 KDKERNELS_INLINE void row_moments(const T* data, int64_t rows, int64_t row_stride, int64_t valid, Moments* out) {
   using S = Scalar<V>;

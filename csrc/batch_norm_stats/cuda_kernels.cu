@@ -1,7 +1,7 @@
 // Batch-norm statistics in one read of the activation, and the backward of the tap in one more.
 //
-// A few values at a time are summed in the type that is computed in, around their own mean; what they give is added up
-// in double precision. So the mean is exact even where it is small, and the variance even where the mean is large.
+// A few values at a time are summed in the type that is computed in, around their own mean; these sums are added up in
+// double precision. This keeps the mean accurate where it is small, and the variance where the mean is large.
 #include "batch_norm_stats/cuda_moments.cuh"
 #include "core/cuda/reduce.cuh"
 
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(threads, 1) plane_moments(const BatchNormCall 
   }
 }
 
-// A block takes a tile of channels in the rows of one split, a thread a pack of channels in every so many rows.
+// A block takes a tile of channels in the rows of one split, and a thread takes a pack of channels in every step-th
+// row.
 template <class T>
 __global__ void __launch_bounds__(threads, 1) row_moments(const BatchNormCall call, const BatchNormPlan plan) {
   using S = Compute<T>;

@@ -1,4 +1,4 @@
-// Mean and variance of a channel, and the distance of such statistics from the running ones of a BatchNorm layer.
+// The mean and variance of a channel, and their distance from the running statistics of a BatchNorm layer.
 #pragma once
 
 #include <cmath>
@@ -7,13 +7,13 @@
 
 namespace kdkernels::math {
 
-// The mean and the sum of squared distances from it, of a number of values. Merging two is exact up to rounding,
-// however far apart their means are.
+// The count of some values, their mean, and the sum of their squared distances from it. Merging two moments is exact up
+// to rounding, however far apart their means are.
 template <class Real>
 struct Moments {
   Real count = 0, mean = 0, squares = 0;
 
-  // From sums around a number that is the mean but for its rounding
+  // From sums of distances and squared distances from the rounded mean
   KDKERNELS_INLINE static Moments around(Real mean, Real count, Real sum, Real sum_of_squares) {
     return {count, mean, sum_of_squares - sum * sum / count};
   }
@@ -47,8 +47,8 @@ KDKERNELS_INLINE V statistics_gradient(V x, V mean, V constant, V slope) {
 
 enum class StatMode { l2, squared, gaussian_kl };
 
-// The distance of a layer's statistics from its running statistics. `measure` of every channel is added up first;
-// value and gradients follow from the sums. The spread that l2 and squared compare is the variance, or its root.
+// The distance of a layer's statistics from its running statistics. First `measure` adds up every channel; the value
+// and the gradients follow from the sums. The spread that l2 and squared compare is the variance or its root.
 struct StatDistance {
   StatMode mode;
   bool root;
@@ -67,7 +67,7 @@ struct StatDistance {
   static constexpr double eps = 1e-8;  // added to both variances of gaussian_kl
 
   KDKERNELS_INLINE double spread(double variance) const { return root ? std::sqrt(variance) : variance; }
-  // d spread / d variance, 0 where the root has none
+  // d spread / d variance, 0 where the root has no derivative
   KDKERNELS_INLINE double slope(double spread) const { return !root ? 1 : spread == 0 ? 0 : 0.5 / spread; }
 
   KDKERNELS_INLINE void measure(const Channel& c, Sums& sums) const {

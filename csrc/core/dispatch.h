@@ -47,8 +47,8 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// A tensor, or a copy of it laid out like another. Where memory has no gaps it is then one row of numbers, whatever the
-// order of the dimensions.
+// A tensor, or a copy of it laid out like another one. If its memory has no gaps, the result is one row of numbers in
+// memory, in any order of the dimensions.
 inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
   if (same_strides(tensor, like)) return tensor;
   Tensor copy = torch::stable::empty_like(like);
@@ -68,7 +68,7 @@ class InputAndOutput {
         result_(result),
         direct_(direct) {}
 
-  // What was given as the result, with what the kernel wrote
+  // The result, after the kernel has run
   Tensor finish() {
     if (!direct_) torch::stable::copy_(result_, output);
     return result_;

@@ -1,5 +1,5 @@
-// exp, expm1, log and log1p within about one unit in the last place, without branches or tables, so that a
-// compiler turns them into vector code. The polynomials are Chebyshev interpolants in higher precision.
+// exp, expm1, log and log1p, accurate to about one unit in the last place, without branches or tables, so that
+// compilers turn them into vector code. The polynomials are Chebyshev interpolants, computed in higher precision.
 #pragma once
 
 #include <cmath>
@@ -78,8 +78,8 @@ struct ExpConstants<double> {
   };
 };
 
-// Horner's rule. A recursion over the index unrolls everywhere, CUDA included, where a constant may be read by its
-// value only.
+// Horner's rule. A recursion over the index is unrolled by every compiler, and each coefficient is a constant
+// expression, as CUDA requires.
 template <class Series, int I = 0, class V>
 KDKERNELS_INLINE V polynomial(V x) {
   constexpr Scalar<V> coefficient = Series::coefficient(I);
@@ -153,7 +153,7 @@ KDKERNELS_INLINE V log_tail(V f) {
   return s * (half_square + polynomial<typename C::Log>(z) * z) - half_square;
 }
 
-// k << n for negative k too, which C++17 leaves undefined for one integer
+// k << n also for negative k, which C++17 leaves undefined for a single integer
 template <class V>
 KDKERNELS_INLINE Bits<V> shift_left(Bits<V> k, int n) {
   if constexpr (lanes<V> == 1) {
@@ -201,7 +201,7 @@ KDKERNELS_INLINE V log_quotient(V a, V b) {
   return k * C::ln2_high + (f + (log_tail(f) + k * C::ln2_low));
 }
 
-// For -1 < x < 2^126, each accurate near 0: ln(1 + x), and what is left of it after x, which is -x^2/2 at first order
+// For -1 < x < 2^126: ln(1 + x) and its rest ln(1 + x) - x, which is -x^2/2 at first order, each accurate near 0
 template <class V>
 struct Log1p {
   V value, rest;

@@ -18,7 +18,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// empty_like in another dtype; the stable surface has no such argument. The layout of `like` is kept.
+// empty_like with another dtype, which the stable API has no argument for. The layout of `like` is kept.
 inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
   std::array<StableIValue, 6> stack{
       torch::stable::detail::from(like),         torch::stable::detail::from(std::optional<ScalarType>(dtype)),

@@ -5,9 +5,9 @@
 
 namespace kdkernels::math {
 
-// A sum in three levels: terms are added to a short sum, which joins a longer one every few terms, and that the total
-// every few blocks. The rounding error grows with the square root of the number of terms in a level instead of that
-// of all terms.
+// A sum in three levels: terms are added to a short sum, which is added to a longer one every few terms, which is added
+// to the total every few blocks. The rounding error grows with the square root of the number of terms in one level
+// instead of the number of all terms.
 template <class V>
 struct BlockedSum {
   static constexpr int block = 16, blocks = 16;
@@ -24,7 +24,7 @@ struct BlockedSum {
       count = 0;
     }
   }
-  // of all closed blocks
+  // The sum of all closed blocks
   KDKERNELS_INLINE V sum() const { return total + closed; }
 };
 

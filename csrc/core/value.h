@@ -1,5 +1,5 @@
-// What a formula computes with: a float, a double, or a vector of them. A formula written on V is the same
-// code for one CUDA thread (V = float) and for the lanes of a CPU vector register (V = 16 floats).
+// The numbers that formulas compute with: a float, a double, or a vector of them. A formula written for a type V is the
+// same code for one CUDA thread (V = float) and for the lanes of a CPU vector register (V = 16 floats).
 #pragma once
 
 #include <cmath>
@@ -18,8 +18,8 @@
 
 namespace kdkernels::math {
 
-// Vectors are those of the GCC and Clang vector extension: a comparison of two gives a mask of signed
-// integers as wide as the lanes, which is also the type of their bit patterns.
+// Vectors are those of the vector extension of GCC and Clang: comparing two of them gives a mask of signed integers as
+// wide as the lanes, which is also the type of their bit patterns.
 template <class V>
 struct Traits {
   using Scalar = std::remove_cv_t<std::remove_reference_t<decltype(V()[0])>>;
@@ -64,7 +64,7 @@ KDKERNELS_INLINE V select(Mask mask, V if_true, V if_false) {
   return mask ? if_true : if_false;
 }
 
-// The larger and the smaller; where one is NaN the result is b.
+// The larger and the smaller of two numbers; b if one of them is NaN
 template <class V>
 KDKERNELS_INLINE V maximum(V a, V b) {
   return select(a > b, a, b);
@@ -84,7 +84,7 @@ KDKERNELS_INLINE V absolute(V a) {
   return bit_cast<V>(Bits<V>(bit_cast<Bits<V>>(a) & magnitude_bits<V>));
 }
 
-// a, with its sign flipped where b is negative
+// a with its sign flipped if b is negative
 template <class V>
 KDKERNELS_INLINE V flip_sign(V a, V b) {
   return bit_cast<V>(Bits<V>(bit_cast<Bits<V>>(a) ^ (bit_cast<Bits<V>>(b) & ~magnitude_bits<V>)));
@@ -101,7 +101,7 @@ KDKERNELS_INLINE V square_root(V x) {
   }
 }
 
-// 1 / value, and 0 where there is nothing to divide by
+// 1 / value, or 0 for a value that is not positive
 KDKERNELS_INLINE double inverse(double value) { return value > 0 ? 1 / value : 0; }
 
 template <class V>

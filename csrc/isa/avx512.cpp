@@ -1,6 +1,6 @@
-// Every CPU kernel, compiled for AVX512.
-// The instruction set is set before anything is included, and nothing but our own inlined code is: a function of
-// the standard library compiled here could end up being called on a machine that lacks the instructions.
+// Every CPU kernel, compiled for AVX-512.
+// The instruction set is set before the includes. Only our own inlined code may be compiled here: a function of the
+// standard library could end up being called on a machine that lacks the instructions.
 #if defined(__GNUC__) && defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2"))), \

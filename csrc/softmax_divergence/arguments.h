@@ -31,7 +31,7 @@ struct SoftmaxLayout {
   int64_t outer_size[most_dims] = {};
   int outer_dims = 0;
 
-  // Joins neighboring outer dimensions that every operand steps through evenly, drops those of size 1, and makes the
+  // Joins neighbouring outer dimensions that every operand steps through evenly, drops those of size 1, and makes the
   // last one that remains the inner one.
   void join() {
     int kept = 0;
@@ -51,7 +51,7 @@ struct SoftmaxLayout {
     for (auto& o : operand) o.inner_stride = o.outer_stride[last];
   }
 
-  // The same with room for fewer outer dimensions, which must be enough for those there are
+  // The same layout with room for fewer outer dimensions; `fewer` must be enough for it.
   template <int fewer>
   SoftmaxLayout<fewer> narrowed() const {
     SoftmaxLayout<fewer> result;
@@ -78,12 +78,12 @@ struct SoftmaxArguments {
   Number temperature{}, divergence_weight{}, label_weight{}, beta{};
   const int64_t* labels = nullptr;  // by position
   int64_t ignored_label = 0;
-  double divisor = 1;                 // of the sum over the positions,
-  bool divide_by_kept = false;        // unless it is divided by the number of positions whose labels are not ignored
+  double divisor = 1;                 // of the sum over the positions, unless
+  bool divide_by_kept = false;        // it is divided by the number of positions whose labels are not ignored
   const void* grad_output = nullptr;  // one number, or one per position where grad_stride = 1
   int64_t grad_stride = 0;
 
-  // Checks and takes the name of a divergence; beta = 0 and 1 are the two KL.
+  // Sets the divergence of a name; beta = 0 and 1 are the two KL.
   void choose_divergence(const std::string& name, double known_beta) {
     reverse = name == "reverse_kl" || (name == "js" && known_beta == 1);
     if (name == "forward_kl" || name == "reverse_kl") {
@@ -99,7 +99,7 @@ struct SoftmaxArguments {
     }
   }
 
-  // What the sum over the positions is divided by
+  // Sets what the sum over the positions is divided by.
   void choose_divisor(const std::string& reduction, int64_t dims, int64_t batch, int64_t positions) {
     if (reduction == "batchmean" && dims > 1) divisor = double(batch);
     if (reduction == "mean") divisor = double(positions);

@@ -1,8 +1,9 @@
-// A group of lanes<V> positions at most, with all that is known of each: one number a position, a lane a position.
-// Their logits lie in scratch as vectors, and stay in cache for all the passes that a divergence needs; main memory is
-// read once before and written once after. Either a vector holds one class of all positions, and the group is one
-// strip of vectors; or it holds classes of one position, and each position is a strip of its own. Each pass goes over
-// all strips: what one strip waits for the next one fills, and what is done once a position is done for all at once.
+// A group of at most lanes<V> positions. What is known of a position is a number in its lane of a vector. The logits
+// lie in scratch memory as vectors, and stay in cache for all the passes that a divergence needs; main memory is read
+// once before them and written once after. Either a vector holds one class of all positions, and the group is one strip
+// of vectors; or it holds classes of one position, and each position is a strip of its own. Each pass goes over all
+// strips: while one strip waits for a result the next one keeps the processor busy, and what is done once per position
+// is done for all positions at once.
 #pragma once
 
 #include "core/sums.h"
@@ -14,17 +15,17 @@ template <class V>
 struct Strip {
   static constexpr int arrays = 5;
   V *input, *target;  // logits on entry, unless they are read where they lie; then numerators of the softmax
-  V* log_ratio;       // ln(p / q) times T, but for what the sums add to it; then derivatives
+  V* log_ratio;       // T ln(p / q) without what the sums add to it; then derivatives
   V* slope;           // more derivatives
-  V* hard;            // the hard-label term's part of the gradient
+  V* hard;            // the part of the gradient that comes from the hard labels
 };
 
-// Where the logits of one side are read and its gradients written, strip by strip: in scratch, or in the tensors.
+// Where the logits of one side are read and its gradients written, strip by strip: in scratch memory or in the tensors
 template <class V>
 struct Side {
   const Scalar<V>* logits[lanes<V>];
   Scalar<V>* gradient[lanes<V>];
-  // The gradient's vectors that are written whole, and the numbers of a last one
+  // The number of gradient vectors that are written whole, and of numbers in the last one
   int64_t whole, rest;
 };
 
@@ -32,7 +33,7 @@ template <bool classes_in_lanes, class V>
 struct Group {
   V* memory;
   int64_t vectors;  // in each array of a strip
-  int64_t whole;    // of them, those that hold nothing but classes; the last one of the logits lies in scratch
+  int64_t whole;    // of them, those in which every lane holds a class; the last vector of logits lies in scratch
   int strips;
   Side<V> student, teacher;
 
@@ -47,14 +48,14 @@ struct Group {
     V* const first = memory + k * Strip<V>::arrays * vectors;
     return {first, first + vectors, first + 2 * vectors, first + 3 * vectors, first + 4 * vectors};
   }
-  // reads(i), for the logits of one side of strip k
+  // A function that loads vector i of the logits of one side of strip k
   KDKERNELS_INLINE auto reader(const Side<V>& side, int k) const {
     const Scalar<V>* const logits = side.logits[k];
     const Strip<V> here = strip(k);
     const auto* const last = reinterpret_cast<const Scalar<V>*>((&side == &student ? here.input : here.target) + whole);
     return [logits, last, whole = whole](int64_t i) { return load<V>(i < whole ? logits + i * lanes<V> : last); };
   }
-  // What all lanes of strip k need of numbers that are by position
+  // Numbers by position, as the lanes of strip k need them
   template <class W>
   KDKERNELS_INLINE static W spread(const W& by_position, int k) {
     return classes_in_lanes ? splat<W>(lane(by_position, k)) : by_position;
@@ -75,7 +76,7 @@ struct Group {
   }
 };
 
-// body(position's lane, its strip, where its label lies in the arrays of the strip) for every position with a label
+// Calls body(lane, strip, index of the label in the arrays of the strip) for every position with a label.
 template <bool classes_in_lanes, class V, class Body>
 KDKERNELS_INLINE void for_each_label(const Group<classes_in_lanes, V>& group, const Body& body) {
   for (int l = 0; l < lanes<V>; ++l) {
@@ -84,13 +85,13 @@ KDKERNELS_INLINE void for_each_label(const Group<classes_in_lanes, V>& group, co
   }
 }
 
-// For every i < n calls the steps (i, slot), some i ahead of others, and last body(i, slot, sums), and gathers what is
-// added to the sums. At most `slots` numbers i are on the way at once, each with a slot of its own.
+// For every i < n calls each step (i, slot) and finally body(i, slot, sums); `totals` is what was added to the sums. A
+// step is done for `slots` numbers i, each with a slot of its own, before the next step begins.
 constexpr int64_t slots = 16;
 template <class V, int count, class Body, class... Steps>
 KDKERNELS_INLINE void for_each_in_steps(int64_t n, V (&totals)[count], const Body& body, const Steps&... steps) {
   math::BlockedSum<V> sums[count];
-  static_assert(slots == math::BlockedSum<V>::block, "a block of a sum is what is on the way");
+  static_assert(slots == math::BlockedSum<V>::block, "the numbers of all slots are a block of a sum");
   [[maybe_unused]] const auto for_slots = [](int64_t begin, int64_t length, const auto& step) {
     for (int64_t slot = 0; slot < length; ++slot) step(begin + slot, slot);
   };
@@ -102,7 +103,7 @@ KDKERNELS_INLINE void for_each_in_steps(int64_t n, V (&totals)[count], const Bod
   }
   for (int s = 0; s < count; ++s) totals[s] = sums[s].sum();
 }
-// The same in one step
+// The same without steps before body(i, sums)
 template <class V, int count, class Body>
 KDKERNELS_INLINE void for_each_with_sums(int64_t n, V (&totals)[count], const Body& body) {
   for_each_in_steps(n, totals, [&](int64_t i, int64_t, auto& sums) { body(i, sums); });

@@ -1,5 +1,5 @@
-// Divergences between softmax distributions: tiles of logits are read from memory, computed group by group in cache,
-// and written back.
+// Divergences between softmax distributions: tiles of logits are read from memory, processed group by group in cache,
+// and their gradients written back.
 #pragma once
 
 #include "core/cpu/scratch.h"
@@ -7,7 +7,7 @@
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
-// Where an operand of a tile lies
+// The place of an operand of a tile in memory
 struct Place {
   char* data;
   int64_t class_stride, position_stride;  // in numbers
@@ -26,7 +26,7 @@ KDKERNELS_INLINE int64_t vectors_of(int64_t classes) {
   return classes_in_lanes ? (classes + lanes<V> - 1) / lanes<V> : classes;
 }
 
-// Rows of numbers of the type that is computed with are read and written where they lie, without a copy.
+// Whether rows are read and written where they lie, without a copy: those stored in the type that is computed in.
 template <bool classes_in_lanes, class S>
 KDKERNELS_INLINE bool in_place(const Place& place) {
   return classes_in_lanes && place.class_stride == 1 && place.size == sizeof(S);
@@ -49,7 +49,7 @@ KDKERNELS_INLINE void read_tile(const Tile& tile, bool teacher, const Place& pla
           for (int64_t i = 0; i < full; ++i) row[i] = load<V>(source + i * lanes<V>);
         }
         if (rest > 0) {
-          // What lies behind the row is more of the tensor, except behind the last.
+          // What follows a row in memory is more of the tensor, except after the last row.
           const T* const end = source + full * lanes<V>;
           const bool more = k + 1 < tile.count && place.position_stride >= lanes<V>;
           row[full] =
@@ -110,7 +110,7 @@ KDKERNELS_INLINE void write_tile(const Tile& tile, bool teacher, const Place& pl
   }
 }
 
-// What the gradient at a position is multiplied with: grad_output and the weight of the term
+// The factor of the gradient at a position: grad_output and the weight of the term
 template <class S>
 KDKERNELS_INLINE S scale_of(const SoftmaxCall& call, int64_t position, double weight) {
   const S* grad_output = static_cast<const S*>(call.grad_output);
@@ -122,7 +122,7 @@ KDKERNELS_INLINE bool is_ignored(const SoftmaxCall& call, int64_t position) {
   return call.labels != nullptr && call.labels[position] == call.ignored_label;
 }
 
-// What an ignored position holds must not matter, even if it is NaN.
+// The logits of an ignored position must not matter, even if they are NaN.
 template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void clear_position(Group<classes_in_lanes, V>& group, int l) {
   const int k = classes_in_lanes ? l : 0;
@@ -139,7 +139,7 @@ KDKERNELS_INLINE void clear_position(Group<classes_in_lanes, V>& group, int l) {
   group.teacher.logits[k] = reinterpret_cast<const Scalar<V>*>(strip.target);
 }
 
-// Says where the strips of a group from position `start` of a tile on are read and written.
+// Sets where the strips of a group that begins at position `start` of a tile are read and written.
 template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void place_side(const Tile& tile, int64_t start, Group<classes_in_lanes, V>& group, bool teacher) {
   using S = Scalar<V>;
@@ -161,7 +161,7 @@ KDKERNELS_INLINE void place_side(const Tile& tile, int64_t start, Group<classes_
   }
 }
 
-// Gives a group the labels and scales of its positions, `count` from `position` on.
+// Sets the labels and scales of a group of `count` positions from `position` on.
 template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void prepare_group(const SoftmaxCall& call, Group<classes_in_lanes, V>& group, int64_t position,
                                     int count) {
@@ -199,8 +199,8 @@ KDKERNELS_INLINE double losses_of(const SoftmaxCall& call, const Group<classes_i
   return total;
 }
 
-// Asks for what the strips of the next tile will read and write where each class of theirs is a short piece of memory
-// far from the next. Whole rows the hardware foresees.
+// Prefetches what the strips of the next tile will read and write where each of their classes is a short piece of
+// memory far from the next one. Whole rows are prefetched by the hardware.
 template <bool classes_in_lanes, class V>
 struct FetchAhead {
   const Tile& tile;

@@ -1,4 +1,4 @@
-// The passes over a group of positions, from its logits to the divergence and the gradients
+// The passes over a group of positions, from the logits to the divergence and the gradients.
 #pragma once
 
 #include <utility>
@@ -32,9 +32,8 @@ KDKERNELS_INLINE void find_maxima(Group<classes_in_lanes, V>& group) {
   }
 }
 
-// The numerators of both softmaxes in place of the logits, and log_ratio: from the logits themselves, rounding errors
-// put back, because near 0 it is all that a divergence depends on. Where there are labels, also the numerators of the
-// student's softmax at T = 1. ahead(k) gives a chance to ask for memory that comes next.
+// Computes the numerators of both softmaxes in place of the logits, and log_ratio. With labels, also the numerators of
+// the student's softmax at T = 1. ahead(k) is called before strip k, to prefetch memory.
 template <bool labels, bool classes_in_lanes, class V, class Ahead>
 KDKERNELS_INLINE void find_numerators(Group<classes_in_lanes, V>& group, Scalar<V> inverse_temperature,
                                       const Ahead& ahead) {
@@ -74,7 +73,7 @@ KDKERNELS_INLINE void find_numerators(Group<classes_in_lanes, V>& group, Scalar<
   }
 }
 
-// The cross-entropy, and what its gradient needs: that is hard / (others + e^z_y), with -others at the label.
+// Computes the cross-entropy, and prepares its gradient: hard / (others + e^z_y), with -others at the label.
 template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void find_cross_entropy(Group<classes_in_lanes, V>& group) {
   using S = Scalar<V>;
@@ -86,7 +85,7 @@ KDKERNELS_INLINE void find_cross_entropy(Group<classes_in_lanes, V>& group) {
                  [&](int l, int k, int64_t at) { reinterpret_cast<S*>(group.strip(k).hard)[at] = -lane(others, l); });
 }
 
-// Writes gradient(i) for the classes of strip k, with what the hard labels add to the student's
+// Writes gradient(i) for the classes of strip k, and adds the part of the hard labels if `with_hard`.
 template <bool with_hard, bool classes_in_lanes, class V, class Gradient>
 KDKERNELS_INLINE void write_gradient(const Group<classes_in_lanes, V>& group, int k, const Side<V>& side,
                                      const Gradient& gradient) {
@@ -105,9 +104,9 @@ KDKERNELS_INLINE void write_gradient(const Group<classes_in_lanes, V>& group, in
   if (side.rest > 0) store_part(destination + whole * lanes<V>, all_of_it(whole), side.rest);
 }
 
-// Writes probability * (derivative - mean derivative) * scale as the gradient of one side; `pick` gives the arrays of
-// both. At positions that are `dropped` it is 0. `mean` is the mean up to rounding; what rounding left is found from
-// the differences to it, which are exact where they are small.
+// Writes probability * (derivative - mean derivative) * scale as the gradient of one side; pick(strip) gives the arrays
+// of probabilities and derivatives. At positions that are `dropped` the gradient is 0. `mean` is a rounded mean; its
+// error is found from the differences to it, which are exact where they are small.
 template <bool with_hard, bool classes_in_lanes, class V, class Pick>
 KDKERNELS_INLINE void through_softmax(const Group<classes_in_lanes, V>& group, const V& mean, const V& scale,
                                       const Bits<V>& dropped, const Side<V>& side, const Pick& pick) {
@@ -133,7 +132,7 @@ KDKERNELS_INLINE void through_softmax(const Group<classes_in_lanes, V>& group, c
   }
 }
 
-// KL(p || q): q is the student's and p the teacher's distribution, or the other way round where it is `reversed`
+// KL(p || q): q is the student's and p the teacher's distribution, or the other way round if `reversed`.
 template <bool labels, bool reversed, bool classes_in_lanes, class V>
 KDKERNELS_INLINE void finish_kl(Group<classes_in_lanes, V>& group, const SoftmaxOptions<Scalar<V>>& options) {
   using Formula = math::KullbackLeibler<V>;
@@ -173,7 +172,7 @@ KDKERNELS_INLINE void finish_kl(Group<classes_in_lanes, V>& group, const Softmax
   }
   const V scale = group.scale * options.inverse_temperature;
   if (want_q) {
-    // The differences sum to 0, but for the error that all log-ratios share; it is taken out here.
+    // The differences sum to 0 up to an error that all log-ratios share, which is removed here.
     shared = shared * inverse_q;
     for (int k = 0; k < group.strips; ++k) {
       const Strip<V> strip = group.strip(k);
@@ -253,8 +252,8 @@ KDKERNELS_INLINE void finish_pair(Group<classes_in_lanes, V>& group, const Softm
   }
 }
 
-// All that a group needs. The gradients come out multiplied by `scale` / T, and by `hard_scale` the part of the hard
-// labels.
+// Runs all passes over a group. The gradients are multiplied by `scale` / T, and the part of the hard labels by
+// `hard_scale`.
 template <Divergence divergence, bool labels, bool classes_in_lanes, class V, class Ahead>
 KDKERNELS_INLINE void process_group(Group<classes_in_lanes, V>& group, const SoftmaxOptions<Scalar<V>>& options,
                                     const Ahead& ahead) {

@@ -6,8 +6,8 @@
 
 namespace kdkernels::cuda {
 
-// How precisely logits are computed with. Where both sides are stored in 16 bits their own rounding is thousands of
-// times that of a float: plain formulas do, a tenth of the instructions, without which a GPU's memory would wait.
+// The precision of the computation. Where both sides are stored in 16 bits, their own rounding is thousands of times
+// that of a float: plain formulas suffice. With a tenth of the instructions they keep up with the memory of a GPU.
 struct Exact32 {
   using S = float;
   static constexpr bool plain = false;
@@ -38,7 +38,7 @@ __device__ __forceinline__ typename N::S power_of_e(typename N::S x) {
   }
 }
 
-// e^((x - max) / T). In double precision with what rounding cut off x - max, which e^x magnifies; floats are spared it.
+// e^((x - max) / T). In double precision this includes what rounding cut off x - max, which e^x magnifies.
 template <class N, class S = typename N::S>
 __device__ __forceinline__ S numerator(S x, S max, S inverse_temperature) {
   const S shifted = x - max, power = power_of_e<N>(shifted * inverse_temperature);
@@ -46,7 +46,7 @@ __device__ __forceinline__ S numerator(S x, S max, S inverse_temperature) {
   return power + power * (math::difference_error(x, max, shifted) * inverse_temperature);
 }
 
-// What the softmaxes of a position need beside the logits
+// What the softmaxes of a position need besides the logits
 template <class N>
 struct Softmaxes {
   using S = typename N::S;
@@ -77,12 +77,12 @@ struct Softmaxes {
     const S log_ratio = logit_difference(student, teacher) * inverse_temperature - log_sums;
     const S numerator_s = numerator<N>(student, max_s, inverse_temperature);
     const S numerator_t = numerator<N>(teacher, max_t, inverse_temperature);
-    if constexpr (sizeof(S) == 8) return {numerator_s / sum_s, numerator_t / sum_t, log_ratio};  // rounded once less
+    if constexpr (sizeof(S) == 8) return {numerator_s / sum_s, numerator_t / sum_t, log_ratio};  // one rounding less
     return {numerator_s * inverse_s, numerator_t * inverse_t, log_ratio};
   }
 };
 
-// Sums over the classes, in two levels: terms join a part, which joins the whole every few terms.
+// Sums over the classes, in two levels: terms are added to a part, which is added to the whole every few terms.
 template <class S>
 struct Sums {
   enum { value, student, teacher, q, p, far_q, far_p, count };
@@ -108,17 +108,18 @@ struct Gradients {
 };
 
 // A gradient through a softmax is a probability times the distance of a derivative from its mean over the classes, the
-// center. Where one class has nearly all probability the center is close to that class's derivative, and the distance
-// would drown in rounding: so the center is kept as the derivative of the likeliest class, the pivot, and a rest.
+// center. Where one class has nearly all of the probability, the center is close to the derivative of that class, and
+// their distance would drown in rounding errors. The center is therefore kept as the derivative of the likeliest class,
+// the pivot, and a rest.
 template <class S>
 struct Centers {
   Gradients<S> pivot{}, rest{};
 };
 
-// Formulas: derivatives(pair) of the likeliest classes give the pivots; add(pair, pivots, sums) for every class; then
-// value(sums) and rests(sums); then gradients(pair, centers).
+// How formulas are used: derivatives(pair) of the likeliest classes give the pivots; add(pair, pivots, sums) is called
+// for every class; then value(sums) and rests(sums); then gradients(pair, centers) for every class.
 
-// KL(p || q), or KL(q || p) where it is reversed
+// KL(p || q), or KL(q || p) if `reverse`
 template <class N>
 struct KullbackLeibler {
   using S = typename N::S;
@@ -137,7 +138,7 @@ struct KullbackLeibler {
   __device__ __forceinline__ Pair<S> turned(const Pair<S>& pair) const {
     return reverse ? Pair<S>{pair.p, pair.q, -pair.log_ratio} : pair;
   }
-  // On the side of p it is ln(p / q); on that of q the gradient has no derivative to be relative to.
+  // ln(p / q) on the side of p; on the side of q the gradient is no distance from a mean.
   __device__ __forceinline__ Gradients<S> derivatives(const Pair<S>& pair) const {
     return reverse ? Gradients<S>{-pair.log_ratio, S(0)} : Gradients<S>{S(0), pair.log_ratio};
   }
@@ -151,7 +152,7 @@ struct KullbackLeibler {
     sums.add(Sums<S>::far_p, math::weighted(pair.p, pair.log_ratio - (reverse ? pivot.student : pivot.teacher)));
   }
   __device__ __forceinline__ S value(const Sums<S>& sums) const { return sums.of[Sums<S>::value]; }
-  // The differences q - p sum to 0 but for an error that all log-ratios share. At KL = +inf there is no direction to
+  // The differences q - p sum to 0 up to an error that all log-ratios share. At KL = +inf there is no direction to
   // follow.
   __device__ __forceinline__ Gradients<S> rests(const Sums<S>& sums) const {
     const S of_q = sums.of[Sums<S>::far_q] / sums.of[Sums<S>::q];
@@ -170,7 +171,7 @@ struct KullbackLeibler {
   }
 };
 
-// Jensen-Shannon's terms as math::JensenShannon has them, from logarithms
+// The terms of math::JensenShannon, computed from logarithms
 struct PlainJensenShannon {
   float beta;
 
@@ -229,12 +230,12 @@ struct OfPairs {
   }
 };
 
-// body(formula) with the formula of a call. beta = 0 and 1 are the two KL; a beta that is none gives NaN everywhere.
+// Calls body(formula) with the formula of a call. beta = 0 and 1 are the two KL; an invalid beta gives NaN everywhere.
 template <class N, Divergence divergence, class Body>
 __device__ __forceinline__ void with_formula(bool reverse, double beta, const Body& body) {
   using S = typename N::S;
   if constexpr (divergence == Divergence::kl) {
-    // Known where it is called, the direction costs nothing class by class.
+    // A direction that is known at compile time costs nothing per class.
     if (reverse) {
       body(KullbackLeibler<N>{true});
     } else {

@@ -1,8 +1,8 @@
-// Divergences between softmax distributions: a thread, a warp or a block takes a position, depending on its classes.
+// Divergences between softmax distributions: a thread, a warp or a block takes a position, by the number of classes.
 //
 // The forward reads the logits once for the maxima and sums of both softmaxes and goes over them again for the
-// divergence: on chip where they fit into shared memory. A thread meets only the classes that it brought there itself,
-// so no barrier is needed between the two. The backward has the sums from the forward and is one pass.
+// divergence: on chip where they fit into shared memory. A thread reads there only the classes that it wrote itself, so
+// no barrier is needed in between. The backward has the sums from the forward and is one pass.
 #include "softmax_divergence/cuda_classes.cuh"
 #include "softmax_divergence/cuda_position.cuh"
 
@@ -14,7 +14,8 @@ constexpr unsigned most_threads = group == Group::thread                   ? 128
                                   : group == Group::warp || sizeof(S) == 8 ? 256
                                                                            : 512;
 
-// The loss of a position, in every thread of its group. `shared` has room for the logits of the position, or is null.
+// The loss of a position, in every thread of its group. kept_s and kept_t have room for the logits of the position in
+// shared memory, or no memory.
 template <class N, Group group, Divergence divergence>
 __device__ double position_loss(const SoftmaxCall& call, const Scalars<typename N::S>& scalars, int64_t at,
                                 int64_t label, Side kept_s, Side kept_t) {
@@ -22,7 +23,7 @@ __device__ double position_loss(const SoftmaxCall& call, const Scalars<typename 
   constexpr int unit = Position<N, group>::unit;
   const Position<N, group> position(call, at);
   const bool resident = kept_s.data != nullptr;
-  // A pack begins at a multiple of its size there too.
+  // Packs are aligned in shared memory too.
   kept_s.data += resident ? position.shift * size_of(kept_s.storage) : 0;
   kept_t.data += resident ? position.shift * size_of(kept_t.storage) : 0;
 
@@ -171,7 +172,7 @@ __device__ void position_gradients(const SoftmaxCall& call, const Scalars<typena
   const S max_s = saved(student_max);
   const Softmaxes<N> softmaxes(scalars.inverse_temperature, max_s, saved(teacher_max), saved(student_sum),
                                saved(teacher_sum));
-  // Where classes are few, reading what is not needed would cost as much as a logit.
+  // With few classes, reading a number that is not needed would cost as much as reading a logit.
   const auto if_wanted = [&](bool wanted, Statistic which) { return wanted ? saved(which) : S(0); };
   const Centers<S> centers{
       {if_wanted(want_student && !N::plain, student_pivot), if_wanted(want_teacher && !N::plain, teacher_pivot)},
@@ -189,7 +190,7 @@ __device__ void position_gradients(const SoftmaxCall& call, const Scalars<typena
       for (int k = 0; k < unit; ++k) {
         by_student[k] = by_teacher[k] = 0;
         if (scalars.divergence) {
-          // One side's gradient is most often all that is wanted, and what the other would take is left out then.
+          // Most often only the gradient of one side is wanted, and the work for the other is left out.
           const Pair<S> pair = softmaxes.at(s[k], t[k]);
           if (want_student) by_student[k] = formula.gradients(pair, centers).student * soft_scale;
           if (want_teacher) by_teacher[k] = formula.gradients(pair, centers).teacher * soft_scale;
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(most_threads<group, typename N::S>, 1)
   }
 }
 
-// body(precision, group, divergence), each as a compile-time constant
+// Calls body(precision, group, divergence), each a compile-time constant.
 template <class N, Group group, class Body>
 cudaError_t with_divergence(Divergence divergence, const Body& body) {
   using G = std::integral_constant<Group, group>;
@@ -254,11 +255,11 @@ SoftmaxPlan plan_softmax(const SoftmaxCall& call, bool backward, int64_t most_sh
   SoftmaxPlan plan;
   const auto& input = call.operand[student];
   const int64_t sizes = size_of(input.storage) + size_of(call.operand[teacher].storage);
-  // As in the CPU kernels: a position a thread where classes are few, or where positions are what is contiguous.
+  // As in the CPU kernels: a thread per position where classes are few, or where positions are contiguous.
   if (call.classes <= few_classes || (input.class_stride != 1 && input.inner_stride == 1)) {
     plan.threads = SoftmaxPlan::Threads::one;
     plan.row = call.classes;
-    // Fewer threads where their logits would not fit otherwise
+    // Fewer threads where the logits of more would not fit
     constexpr int64_t comfortable = 48 << 10;
     plan.block = 128;
     while (!backward && plan.block > 32 && plan.row * sizes * plan.block > comfortable) plan.block /= 2;
@@ -280,7 +281,7 @@ SoftmaxPlan plan_softmax(const SoftmaxCall& call, bool backward, int64_t most_sh
   }
   plan.grid = blocks_for(ceil_div(call.positions, plan.positions));
   if (backward && plan.threads == SoftmaxPlan::Threads::block) {
-    // Without a reduction a position's classes can be shared among blocks: a few packs a thread.
+    // Without a reduction, blocks can share the classes of a position: a few packs per thread.
     plan.slices = unsigned(ceil_div(call.classes, int64_t(plan.block) * 16));
   }
   return plan;

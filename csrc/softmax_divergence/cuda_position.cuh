@@ -1,5 +1,5 @@
-// A position of softmax divergences as its threads see it: where its logits lie, how they are read, and what is known
-// of them after one reading.
+// A position of the softmax divergences as its threads see it: where its logits lie, how they are read, and what is
+// known of them after they were read once.
 #pragma once
 
 #include "core/cuda/reduce.cuh"
@@ -12,7 +12,7 @@ struct Side {
   char* data = nullptr;
   Storage storage = Storage::float32;
   int64_t stride = 0;  // between classes
-  bool packs = false;  // whether packs of classes lie aligned
+  bool packs = false;  // whether packs of classes are aligned
 };
 
 __device__ __forceinline__ Side choose(bool first, Side a, Side b) {
@@ -20,8 +20,8 @@ __device__ __forceinline__ Side choose(bool first, Side a, Side b) {
           first ? a.packs : b.packs};
 }
 
-// A position's sides, and the classes that a thread takes: packs of `unit`, every group_threads-th one. The first
-// pack begins `shift` numbers before the first class, where memory is aligned.
+// The sides of a position, and the classes that a thread takes: every group_threads-th pack of `unit` classes. The
+// first pack begins where memory is aligned, `shift` numbers before the first class.
 template <class N, Group group>
 struct Position {
   static constexpr int unit = group == Group::thread ? 1 : N::plain ? 8 : 4;
@@ -54,7 +54,7 @@ struct Position {
     }
   }
 
-  // body(first class of a pack, which may lie before the first or reach past the last)
+  // Calls body(c) for every pack of the thread. A pack may begin before the first class, and reach past the last one.
   template <class Body>
   __device__ __forceinline__ void for_each_pack(int64_t slice, int64_t slices, const Body& body) const {
     const int64_t step = int64_t(group_threads<group>()) * unit;
@@ -63,7 +63,7 @@ struct Position {
   __device__ __forceinline__ bool has(int64_t c) const { return c >= 0 && c < classes; }
 };
 
-// body(Type<T>()) with the type that logits are stored as: plain formulas are for 16 bits alone
+// Calls body(Type<T>()) with the type that logits are stored as; plain formulas are for 16-bit storage only.
 template <class N, class Body>
 __device__ __forceinline__ decltype(auto) with_logits(Storage storage, const Body& body) {
   if constexpr (N::plain) {
@@ -82,7 +82,8 @@ __device__ __forceinline__ S read_one(const Side& side, int64_t c) {
   });
 }
 
-// The numbers from class c on, -inf for those that are no class; copied to `kept` on the way where that is somewhere
+// Reads the pack from class c on, with -inf in place of what is not a class, and copies it to `kept` if that has
+// memory.
 template <class N, int unit, class S>
 __device__ __forceinline__ void read_pack(Side side, int64_t c, int64_t classes, Side kept, S (&numbers)[unit]) {
   with_logits<N>(side.storage, [&](auto type) {
@@ -150,8 +151,8 @@ struct Likelier {
   }
 };
 
-// The largest of the numbers seen so far and the sum of e^((x - largest) / T), and of e^(x - largest) without the
-// label's; in two levels, as Sums
+// The largest of the logits read so far, the sum of e^((x - largest) / T), and the sum of e^(x - largest) without the
+// label, in two levels as in Sums
 template <class N>
 struct OnlineSums {
   using S = typename N::S;
@@ -177,7 +178,7 @@ struct OnlineSums {
     }
     largest = to;
   }
-  // `label` is the label's place in the pack
+  // `label` is the place of the label in the pack.
   template <int unit>
   __device__ __forceinline__ void add(const S (&x)[unit], const S (&other)[unit], S inverse_temperature, bool labels,
                                       int64_t label) {
@@ -185,12 +186,12 @@ struct OnlineSums {
 #pragma unroll
     for (int k = 0; k < unit; ++k) {
       if constexpr (N::plain) {
-        now.logit = fmaxf(now.logit, x[k]);  // NaN comes back in the sum
+        now.logit = fmaxf(now.logit, x[k]);  // NaN comes back with the sum
       } else if (!(x[k] <= now.logit)) {
         now = {x[k], other[k]};
       }
     }
-    if (now.logit == -math::infinity<S>) return;  // nothing but -inf so far: it has no mass
+    if (now.logit == -math::infinity<S>) return;  // only -inf so far, which has no mass
     if (now.logit != largest.logit) move(now, inverse_temperature, labels);
 #pragma unroll
     for (int k = 0; k < unit; ++k) {
@@ -206,7 +207,7 @@ template <class S>
 struct Scalars {
   double divergence_weight, label_weight, beta, temperature;
   S inverse_temperature;
-  bool divergence, labels;  // which terms there are
+  bool divergence, labels;  // which terms the loss has
 
   __device__ __forceinline__ explicit Scalars(const SoftmaxCall& call)
       : divergence_weight(call.divergence_weight.read()),
@@ -220,7 +221,7 @@ struct Scalars {
   }
 };
 
-// A label that is neither a class nor to be ignored
+// Whether a label is neither a class nor ignored
 __device__ __forceinline__ bool misplaced(const SoftmaxCall& call, int64_t label) {
   return call.labels != nullptr && (label < 0 || label >= call.classes);
 }
@@ -230,7 +231,7 @@ __device__ __forceinline__ S* statistic(const SoftmaxCall& call, Statistic which
   return static_cast<S*>(call.statistics) + which * (call.positions + 1) + position;
 }
 
-// Where a forward leaves the number of positions that count
+// The place where a forward leaves the number of positions that count
 template <class S>
 __device__ __forceinline__ S* kept_positions(const SoftmaxCall& call) {
   return statistic<S>(call, student_max, call.positions);

@@ -15,7 +15,7 @@ KDKERNELS_INLINE V weighted(V weight, V value) {
   return select(weight > Scalar<V>(0), weight * value, weight);
 }
 
-// What rounding cuts off a - b, 0 where the difference is infinite
+// What rounding cuts off a - b, or 0 if the difference is infinite
 template <class V>
 KDKERNELS_INLINE V difference_error(V a, V b, V difference) {
   V b_part = a - difference;
@@ -23,9 +23,9 @@ KDKERNELS_INLINE V difference_error(V a, V b, V difference) {
   return select(error == error, error, V{});
 }
 
-// T ln(p / q) but for the sums, which add a constant of the row: the difference of a class's logits, each relative to
-// the maximum of its row. Rounding errors are put back, because near 0 this difference is all that a divergence depends
-// on.
+// T ln(p / q) without the constant of the row that comes from the sums: the difference of the two logits of a class,
+// each relative to the maximum of its row. What rounding cut off is added back, because near 0 a divergence depends on
+// this difference alone.
 template <class V>
 struct LogitDifference {
   V offset, offset_error;
@@ -49,17 +49,17 @@ KDKERNELS_INLINE V cross_entropy(V others, V label, V label_logit) {
   return select(label > tiny, log1p_parts(odds).value, plain);
 }
 
-// A formula comes in parts, so that a kernel may do one for many classes before it does the next: a processor looks
-// only some 200 operations ahead, and shorter chains of operations that wait for each other leave it more to choose
-// from.
+// A formula comes in parts, so that a kernel can compute one part for many classes before the next part: a processor
+// looks only some 200 operations ahead, and with shorter chains of dependent operations it finds more to do in
+// parallel.
 
-// KL(p || q) = sum p ln(p/q). Since sum (q - p) = 0, adding q - p to every term changes nothing but the rounding:
-// each term becomes p (e^-r - 1 + r) >= 0 with r = ln(p/q), of second order in r, and an error common to all r
-// cancels. So the sum is accurate to a few units in the last place even where teacher and student nearly agree.
+// KL(p || q) = sum p ln(p/q). Since sum (q - p) = 0, adding q - p to every term changes only the rounding: each term
+// becomes p (e^-r - 1 + r) >= 0 with r = ln(p/q), which is of second order in r, and an error common to all r cancels.
+// The sum is therefore accurate to a few units in the last place even where teacher and student nearly agree.
 template <class V>
 struct KullbackLeibler {
   struct Begun {
-    V teacher_larger, student_larger;  // the term where p or q is the larger, as a share of it
+    V teacher_larger, student_larger;  // the term as a share of p or q, whichever is larger
     V expm1;
   };
   struct Terms {
@@ -79,9 +79,9 @@ struct KullbackLeibler {
   }
 };
 
-// What one class gives to a divergence J of q and p: its term, and the derivatives by q and by p. By the Jacobian
-// of softmax, T dJ/dz_s = q (g_q - sum q g_q); a constant added to all g_q changes nothing. `far_q` and `far_p`
-// are for the formula's total.
+// What one class contributes to a divergence J of q and p: its term, and the derivatives g_q and g_p by q and by p. By
+// the Jacobian of softmax, T dJ/dz_s = q (g_q - sum q g_q); a constant added to all g_q changes nothing. `far_q` and
+// `far_p` are for the total of the formula.
 template <class V>
 struct PairTerms {
   V value;
@@ -92,8 +92,8 @@ struct PairTerms {
 // J = beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1.
 //
 // With b the larger of p and q, w the weight of the smaller, x = ln(smaller / b) <= 0 and y = w (e^x - 1), m is
-// b (1 + y) and the term is b (w x e^x - (1 + y) ln(1 + y)). Where p and q are close, what is of first order in it
-// cancels and is left out. Where they are far apart, J is close to its bound, h = -beta ln(beta) - (1 - beta)
+// b (1 + y) and the term is b (w x e^x - (1 + y) ln(1 + y)). Where p and q are close, its first-order parts cancel and
+// are left out. Where they are far apart, J is close to its bound, h = -beta ln(beta) - (1 - beta)
 // ln(1 - beta): with k = w / (1 - w) and e = ln(1 + k e^x), a class takes b ((1 - w) e + w e^x (e - ln(k) - x)) from
 // its share of h, -(beta ln(beta) p + (1 - beta) ln(1 - beta) q).
 template <class V>
@@ -157,7 +157,7 @@ struct ClampedJensenShannon {
   static constexpr Scalar<V> low = Scalar<V>(0.01), high = Scalar<V>(0.99);
 
   KDKERNELS_INLINE static V clamp(V x) { return minimum(splat<V>(high), maximum(splat<V>(low), x)); }
-  // 1 where the clamp lets the gradient through, its ends included
+  // 1 where the clamp lets the gradient through, ends included
   KDKERNELS_INLINE static V inside(V x) { return select(clamp(x) == x, splat<V>(1), V{}); }
   KDKERNELS_INLINE Begun begin(V /*log_ratio*/) const { return {}; }
   KDKERNELS_INLINE void go_on(V /*log_ratio*/, Begun& /*begun*/) const {}

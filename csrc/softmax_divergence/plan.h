@@ -10,8 +10,8 @@
 
 namespace kdkernels::cpu {
 
-constexpr int64_t tile_logits = 4096;    // about as many logits in a tile stay in the first-level cache,
-constexpr int64_t tile_positions = 128;  // and it has no more positions than this
+constexpr int64_t tile_logits = 4096;    // most logits of a tile: they stay in the first-level cache
+constexpr int64_t tile_positions = 128;  // and most positions of one
 constexpr int64_t row_tile_logits = 2048;
 constexpr int64_t few_classes = 32;  // up to here a position per lane is faster than classes in the lanes
 constexpr int64_t most_lanes = 16;

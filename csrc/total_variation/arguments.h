@@ -13,7 +13,7 @@ namespace kdkernels {
 using math::DifferenceSums;
 using math::Losses;
 
-// An image as planes of rows: a plane is a channel, or the whole image where channels are neighbors in memory.
+// An image as planes of rows: a plane is a channel, or the whole image where channels are neighbours in memory.
 struct ImageTensor {
   void* data = nullptr;
   int64_t image_stride = 0, plane_stride = 0, row_stride = 0;
@@ -36,7 +36,7 @@ struct ImageArguments {
   KDKERNELS_INLINE bool uses_squares() const { return losses != Losses::l1; }
   KDKERNELS_INLINE bool uses_pixels() const { return losses == Losses::priors; }
 
-  // The weights of means over the pairs of neighbors in each direction
+  // The weights of means over the pairs of neighbours in each direction
   void average_pairs() {
     const double all = double(images * planes * step), h = double(rows), w = double(length / step);
     const double h1 = h > 1 ? h - 1 : 0, w1 = w > 1 ? w - 1 : 0;

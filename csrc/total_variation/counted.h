@@ -34,7 +34,7 @@ inline ImageArguments arguments_of(const Images& shape, Storage storage, Numbers
   return arguments;
 }
 
-// Without a norm_type the three terms of image_prior_losses together
+// Without a norm_type: the three terms of image_prior_losses together
 inline void count_images(const Images& shape, Storage storage, const std::string& norm_type = "") {
   Numbers input(storage, shape.count(), 8), output(storage, shape.count());
   const bool priors = norm_type.empty(), isotropic = norm_type == "isotropic";

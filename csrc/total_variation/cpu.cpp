@@ -15,7 +15,7 @@ namespace {
 
 using Coefficients = math::DifferenceCoefficients<double>;
 
-// The sums of each image
+// The sums over each image
 std::vector<DifferenceSums> sums_by_image(const ImageArguments& arguments) {
   ImageCall call(arguments);
   std::vector<DifferenceSums> partial(size_t(call.items())), result(size_t(call.images));

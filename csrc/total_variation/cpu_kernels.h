@@ -1,7 +1,7 @@
 // Image priors: all sums over the differences of neighbouring pixels in one read, all gradients in one more.
 //
-// Rows are converted into scratch, which has room on both sides, so that every neighbour of every pixel can be loaded;
-// lanes that have no such neighbour are masked where they occur, at the ends of a row.
+// Rows are converted into scratch memory with room on both sides, so that every neighbour of every pixel can be loaded;
+// lanes without such a neighbour occur at the ends of a row and are masked there.
 #pragma once
 
 #include "core/cpu/scratch.h"
@@ -30,7 +30,7 @@ class Rows {
     last = first + call.block < call.rows ? first + call.block : call.rows;
   }
 
-  // Reads a row; three neighbouring rows are kept.
+  // Reads a row; the last three are kept.
   void read(int64_t row) const {
     const T* const source = static_cast<const T*>(call_.input.data) + image * call_.input.image_stride +
                             offset_ * call_.input.plane_stride + row * call_.input.row_stride;
@@ -60,12 +60,12 @@ class Rows {
   Scratch<S> scratch_;
 };
 
-// A row as loops see it. Kernels keep it in registers: what they store may lie anywhere, the call's numbers included.
+// The shape of a row. A copy stays in registers, while the compiler must assume that stores change the call itself.
 struct RowShape {
   int64_t length, step;
 };
 
-// Lanes i, i + 1, ... of a row that have a pixel, and a left and a right neighbour
+// Which lanes, for the numbers from i on, have a pixel, a left neighbour and a right neighbour
 template <class V>
 struct Lanes {
   math::Bits<V> inside, left, right;
@@ -83,7 +83,7 @@ struct Lanes {
   }
 };
 
-// body(i, edge) for the vectors of a row; `edge` says at compile time whether lanes may lack a neighbour
+// Calls body(i, edge) for the vectors of a row; `edge` says at compile time whether lanes may lack a neighbour.
 template <class V, class Body>
 KDKERNELS_INLINE void for_each_in_row(RowShape shape, const Body& body) {
   int64_t i = 0;
@@ -130,7 +130,7 @@ void block_sums(const ImageCall& call, int64_t item) {
         add(2, masked<edge>(lane_masks.right, d.rising));
         add(3, masked<edge>(lane_masks.right, d.falling));
       }
-      if (want_pixels) pixels.add(pixel * pixel);  // beyond the row lie zeros
+      if (want_pixels) pixels.add(pixel * pixel);  // there are zeros past the end of the row
     });
     for (int k = 0; k < 4; ++k) {
       absolute[k].close_block();
@@ -166,7 +166,8 @@ void block_gradients(const ImageCall& call, int64_t item) {
   for (int64_t row = first; row < last; ++row) {
     const bool above = row > 0, below = row + 1 < count;
     if (below) rows.read(row + 1);
-    const S *const up = rows[row + 2], *const here = rows[row], *const down = rows[row + 1];  // row + 2: row - 1
+    const S *const up = rows[row + 2], *const here = rows[row],
+                   *const down = rows[row + 1];  // row + 2 is in the place of row - 1
     for_each_in_row<V>(shape, [&](int64_t i, auto edge_type) {
       constexpr bool edge = decltype(edge_type)::value;
       const Lanes<V> lane_masks(shape, edge ? i : 0);
@@ -235,7 +236,7 @@ void isotropic_block_gradients(const ImageCall& call, int64_t item) {
     const bool above = row > 0, below = row + 1 < call.rows;
     if (below) rows.read(row + 1);
     for (int64_t i = 0; i < call.length; i += lanes<V>) {
-      // A pixel takes part in its own term, its left and its upper neighbour's.
+      // A pixel takes part in its own term and in those of its left and upper neighbours.
       const auto own = isotropic_term<V>(call, rows[row], rows[row + 1], below, i);
       V gradient = own.slope(own.dx) + own.slope(own.dy);
       const auto left = isotropic_term<V>(call, rows[row], rows[row + 1], below, i - call.step);

@@ -10,7 +10,7 @@
 namespace kdkernels::cuda {
 namespace {
 
-// Computes the sums of each image, and the losses made of them.
+// Computes the sums over each image, and the losses from them.
 void run_sums(const OnDevice& device, ImageCall call, const Tensor& like) {
   const ImagePlan plan = plan_images(call);
   const int64_t items = call.images * plan.items_of_image(call);
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> image_prior_losses(Tensor image) {
   return {tv_l1, tv_l2, l2, norms};
 }
 
-// The gradient of images; complete(call) adds to the call what the gradient is computed from.
+// The gradient of images; complete(call) sets what it is computed from.
 template <class Complete>
 Tensor gradient_of(const OnDevice& device, const Tensor& image, const Complete& complete) {
   Tensor output = torch::stable::empty_like(image);

@@ -1,6 +1,6 @@
-// Image priors: all sums over the differences of neighboring pixels in one read, all gradients in one more.
+// Image priors: all sums over the differences of neighbouring pixels in one read, all gradients in one more.
 //
-// A thread takes a pack of neighboring numbers and walks down some rows of the image; the rows around the present one
+// A thread takes a pack of neighbouring numbers and walks down some rows of the image; the rows around the current one
 // stay in registers, so that each is read once.
 #include "core/cuda/reduce.cuh"
 #include "total_variation/cuda_strip.cuh"
@@ -42,7 +42,8 @@ __device__ __forceinline__ void add_terms(const Strip<T>& strip, const Window<S,
       add(1, d.down, down && inside);
       add(2, d.rising, diagonal && has_right);
       add(3, d.falling, diagonal && has_right);
-      if (call.uses_pixels()) sums[pixel_sum] += here.here[k] * here.here[k];  // beyond the row lie zeros
+      if (call.uses_pixels())
+        sums[pixel_sum] += here.here[k] * here.here[k];  // there are zeros past the end of the row
     }
   }
 }
@@ -158,7 +159,7 @@ __device__ __forceinline__ math::DifferenceCoefficients<S> coefficients_of(const
   return coefficients;
 }
 
-// The derivative by a pixel of its differences with the eight neighbors
+// The derivatives by the pixels of a pack, from their differences to the eight neighbours
 template <Variation variation, class T, int pack, class S>
 __device__ __forceinline__ void differentiate(const Strip<T>& strip, const math::DifferenceCoefficients<S>& by,
                                               bool has_above, bool has_below, const Window<S, pack>& above,
@@ -172,7 +173,7 @@ __device__ __forceinline__ void differentiate(const Strip<T>& strip, const math:
     const bool left = strip.has_left(k), right = strip.has_right(k), inside = strip.inside(k);
     const S pixel = here.here[k];
     if constexpr (variation == Variation::isotropic) {
-      // A pixel takes part in its own term, its left and its upper neighbor's.
+      // A pixel takes part in its own term and in those of its left and upper neighbours.
       const S eps = S(call.eps);
       const auto own = isotropic_term(pixel, here.right[k], right, below.here[k], has_below, eps);
       const auto of_left = isotropic_term(here.left[k], pixel, left, below.left[k], has_below, eps);
@@ -183,8 +184,8 @@ __device__ __forceinline__ void differentiate(const Strip<T>& strip, const math:
       gradient[k] *= by.linear[0];
     } else {
       S sum = call.uses_pixels() ? pixel * by.pixel : S(0);
-      const auto add = [&](int direction, S neighbor, bool is_pair) {
-        const S difference = pixel - neighbor;
+      const auto add = [&](int direction, S neighbour, bool is_pair) {
+        const S difference = pixel - neighbour;
         S slope = want_squares ? difference * by.linear[direction] : S(0);
         if (want_absolute && !want_squares) slope = math::sign(difference) * by.absolute[direction];
         if (want_absolute && want_squares) {
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(threads, 1) difference_gradients(const ImageCa
   }
 }
 
-// body(storage type, whether neighbors are adjacent, variation), each as a compile-time constant
+// Calls body(storage type, whether neighbours are adjacent, variation), each a compile-time constant.
 template <class Body>
 cudaError_t with_variant(const ImageCall& call, const Body& body) {
   using Differences = std::integral_constant<Variation, Variation::differences>;
@@ -250,7 +251,7 @@ ImagePlan plan_images(const ImageCall& call) {
   const int64_t pack = 16 / size_of(call.storage), packs = ceil_div(call.length, pack);
   ImagePlan plan;
   while (plan.across < threads && plan.across < packs) plan.across *= 2;
-  // A block no larger than a plane, in whole warps
+  // Blocks of whole warps, no larger than a plane needs
   const int64_t needed = ceil_div(plan.across * ceil_div(call.rows, plan.strip), warp_threads) * warp_threads;
   plan.block = needed < threads ? unsigned(needed < warp_threads ? warp_threads : needed) : threads;
   const int64_t strips = plan.block / plan.across;

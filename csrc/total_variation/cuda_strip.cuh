@@ -1,17 +1,17 @@
-// The part of an image that a thread walks down, and the pixels around each of its pixels
+// The part of an image that a thread walks down, and the neighbours of its pixels.
 #pragma once
 
 #include "total_variation/cuda_kernels.h"
 
 namespace kdkernels::cuda {
 
-// A pack of a row with the neighbours to the left and to the right; 0 where there is none
+// A pack of a row with its neighbours to the left and to the right; 0 outside the image
 template <class S, int pack>
 struct Window {
   S left[pack], here[pack], right[pack];
 };
 
-// Where a thread is: a plane of an image, a pack of its rows, and the rows of its strip
+// The strip of a thread: a pack of some rows of a plane
 template <class T>
 struct Strip {
   static constexpr int pack = pack_of<T>;

@@ -10,9 +10,9 @@
 
 namespace kdkernels::cpu {
 
-constexpr int64_t block_numbers = 8192;  // about as many numbers in an item
+constexpr int64_t block_numbers = 8192;  // most numbers of an item with several rows
 
-// An item is a block of neighboring rows of a plane.
+// An item is a block of neighbouring rows of a plane.
 struct ImageCall : ImageArguments {
   int64_t block, blocks;           // rows of an item, items of a plane
   bool absolute, squares, pixels;  // which sums, or which parts of the gradient, are wanted

@@ -1,8 +1,8 @@
-// Which of the compiled instruction sets this machine runs, and the kernels of that one.
+// Chooses among the compiled instruction sets the one that this machine runs, and its kernels.
 #pragma once
 
 #if defined(KDKERNELS_CAPABILITY)
-// Inside a kernel's own compilation there is nothing to choose: KDKERNELS_KERNEL only declares.
+// Where the kernels themselves are compiled there is nothing to choose: KDKERNELS_KERNEL only declares.
 #define KDKERNELS_KERNEL(result, name, parameters, arguments) \
   namespace KDKERNELS_CAPABILITY {                            \
   result name parameters;                                     \
@@ -22,7 +22,7 @@ namespace kdkernels::cpu {
 
 enum class Capability { baseline, avx2, avx512 };
 
-// The best there is, or less where the environment variable KDKERNELS_CPU_CAPABILITY says so.
+// The best one available, or the lesser one that the environment variable KDKERNELS_CPU_CAPABILITY names
 inline Capability capability() {
   static const Capability chosen = [] {
     Capability best = Capability::baseline;
@@ -58,7 +58,7 @@ inline const char* capability_name() {
   }
 }
 
-// The one of a kernel's three compilations that this machine runs
+// The compilation of a kernel that this machine runs
 template <class Kernel>
 Kernel choose(Kernel avx512, Kernel avx2, Kernel baseline) {
   switch (capability()) {
@@ -73,7 +73,7 @@ Kernel choose(Kernel avx512, Kernel avx2, Kernel baseline) {
 
 }  // namespace kdkernels::cpu
 
-// Declares a kernel in the namespaces of its compilations, and a function of the same name that calls the best.
+// Declares a kernel in the namespace of each compilation, and a function of the same name that calls the best one.
 #if KDKERNELS_X86
 #define KDKERNELS_KERNEL(result, name, parameters, arguments)                     \
   namespace avx512 {                                                              \

@@ -1,5 +1,5 @@
-// What the cases of the instruction counter share: every <op>/counted.h has the cases of its op, and
-// bench/instructions/driver.cpp runs and counts them. They call the AVX2 compilation of the kernels on one thread.
+// What the cases of the instruction counter share. Every <op>/counted.h has the cases of its op, which call the AVX2
+// compilation of the kernels on one thread; bench/instructions/driver.cpp runs and counts them.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ struct Cases {
   explicit Cases(void (*run)()) { all_cases().push_back(run); }
 };
 
-// kernel(begin, end) for every chunk, as the bindings do it
+// Calls kernel(begin, end) for every chunk, as the bindings do.
 template <class Kernel>
 void for_each_chunk(const Chunks& chunks, const Kernel& kernel) {
   for (int64_t begin = 0; begin < chunks.items; begin += chunks.size) {

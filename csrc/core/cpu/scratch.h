@@ -7,7 +7,7 @@
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
-// Aligned for every vector
+// Uninitialized numbers, aligned for every vector
 template <class S>
 class Scratch {
  public:

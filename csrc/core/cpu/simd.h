@@ -1,5 +1,5 @@
-// Vector registers on the CPU: their types, and loads and stores that convert. GCC's and Clang's vector extension
-// says what to compute; where it is missing, a vector has one lane and the same kernels compile to plain loops.
+// Vector registers of the CPU: their types, and loads and stores that convert. Operations use the vector extension of
+// GCC and Clang; with other compilers a vector has one lane, and the same kernels compile to plain loops.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ struct VectorOf {
   using type = S;
 };
 #endif
-// The vector that holds `bytes` of S: a register of the instruction set that a kernel is compiled for.
+// A vector of S of `bytes` bytes: a register of the instruction set that a kernel is compiled for
 template <class S, int bytes>
 using Vector = typename VectorOf<S, bytes>::type;
 
@@ -39,7 +39,7 @@ using math::Scalar;
 using math::select;
 using math::splat;
 
-// What holds as many S as V has lanes
+// A vector of as many S as V has lanes
 template <class V, class S, bool one = std::is_arithmetic_v<V>>
 struct LikeOf {
   using type = Vector<S, lanes<V>* int(sizeof(S))>;
@@ -64,12 +64,12 @@ KDKERNELS_INLINE To convert(From from) {
   }
 }
 
-// 16-bit numbers to and from 32-bit ones with integer operations: exact up, to nearest even down.
+// Convert 16-bit numbers to and from 32-bit ones with integer operations: exact up, rounded to nearest even down.
 template <class F>
 KDKERNELS_INLINE F from_bits(Half, Like<F, uint32_t> bits) {
   using U = Like<F, uint32_t>;
   U magnitude = bits & 0x7fffu;
-  U value = bit_cast<U>(bit_cast<F>(U(magnitude << 13)) * 5.192296858534828e33f);   // 2^112 mends the bias
+  U value = bit_cast<U>(bit_cast<F>(U(magnitude << 13)) * 5.192296858534828e33f);   // 2^112 corrects the bias
   value = select(magnitude >= 0x7c00u, U((magnitude << 13) | 0x7f800000u), value);  // infinity, NaN
   return bit_cast<F>(U(value | ((bits & 0x8000u) << 16)));
 }
@@ -100,7 +100,7 @@ KDKERNELS_INLINE Like<F, uint32_t> to_bits(BFloat16, F value) {
 template <class T>
 inline constexpr bool is_16_bit = std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>;
 
-// lanes<V> consecutive numbers of type T, from any address
+// Load and store lanes<V> consecutive numbers of type T at any address.
 template <class V, class T>
 KDKERNELS_INLINE V load(const T* source) {
   if constexpr (is_16_bit<T>) {
@@ -144,7 +144,8 @@ KDKERNELS_INLINE V keep_lanes(V value, int64_t count, Scalar<V> fill) {
   return select(lane_numbers<V>() < Scalar<Bits<V>>(count), value, splat<V>(fill));
 }
 
-// Copies count < 2 * most numbers, `most` a power of 2, in pieces of fixed size: a copy of unknown size is a call.
+// Copies count < 2 * most numbers, `most` a power of 2, in pieces of fixed size: a copy of unknown size would be a
+// function call.
 template <int most, class T>
 KDKERNELS_INLINE void copy_pieces(T* destination, const T* source, int64_t count) {
   if constexpr (most > 0) {
@@ -157,7 +158,7 @@ KDKERNELS_INLINE void copy_pieces(T* destination, const T* source, int64_t count
   }
 }
 
-// Load and store of the last, partly filled vector: `count` <= lanes<V> numbers, the other lanes get `fill`.
+// Load and store the last, partly filled vector of `count` <= lanes<V> numbers; the other lanes get `fill`.
 template <class V, class T>
 KDKERNELS_INLINE V load_part(const T* source, int64_t count, Scalar<V> fill) {
   T buffer[lanes<V>] = {};
@@ -171,7 +172,7 @@ KDKERNELS_INLINE void store_part(T* destination, V value, int64_t count) {
   copy_pieces<lanes<V>>(destination, buffer, count);
 }
 
-// One number
+// Loads one number.
 template <class S, class T>
 KDKERNELS_INLINE S load_one(const T* source) {
   return load<S>(source);
@@ -186,7 +187,7 @@ KDKERNELS_INLINE void set_lane(V& vector, int i, T value) {
   reinterpret_cast<Scalar<V>*>(&vector)[i] = Scalar<V>(value);
 }
 
-// Reductions over the lanes, by halves: a fixed order
+// Reduces over the lanes by halves, which is a fixed order.
 template <class V, class Combine>
 KDKERNELS_INLINE Scalar<V> reduce_lanes(V vector, const Combine& combine) {
   if constexpr (lanes<V> == 1) {
@@ -209,7 +210,7 @@ KDKERNELS_INLINE Scalar<V> max_lanes(V vector) {
   return reduce_lanes(vector, [](auto a, auto b) { return math::maximum(a, b); });
 }
 
-// A sum of vectors that is exact to well beyond their own precision: in double for float, compensated for double
+// A sum of vectors that is accurate well beyond their own precision: in double for float, compensated for double
 template <class V>
 struct ExactSum {
   static constexpr bool is_float = sizeof(Scalar<V>) == 4;

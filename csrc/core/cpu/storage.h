@@ -21,7 +21,7 @@ KDKERNELS_INLINE void with_storage(Storage storage, const Body& body) {
   }
 }
 
-// Calls body(V(), T()) with the vector of so many bytes that the numbers are computed in, and the type that they are
+// Calls body(V(), T()) with the vector of `bytes` bytes that the numbers are computed in, and the type that they are
 // stored as.
 template <int bytes, class Body>
 KDKERNELS_INLINE void with_vectors(Storage storage, const Body& body) {

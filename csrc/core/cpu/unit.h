@@ -9,7 +9,7 @@
 
 namespace kdkernels::cpu {
 
-// NaN for a name that is not known
+// NaN for an unknown name
 template <class V>
 KDKERNELS_INLINE V apply_function(const char* name, V x) {
   if (std::strcmp(name, "exp_nonpositive") == 0) return math::exp_nonpositive(x);

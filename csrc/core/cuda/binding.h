@@ -5,8 +5,8 @@
 #include "core/cuda/vec.cuh"
 #include "core/dispatch.h"
 
-// The dispatch key that the bindings register for, and which scalars they leave to the kernels. Tests that run the
-// kernels on the host set others.
+// The dispatch key that the bindings register for, and which scalars are left to the kernels to read. Tests that run
+// the kernels on the host define both differently.
 #if !defined(KDKERNELS_DISPATCH_KEY)
 #define KDKERNELS_DISPATCH_KEY CUDA
 #endif

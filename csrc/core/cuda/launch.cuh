@@ -15,8 +15,8 @@ namespace kdkernels::cuda {
 constexpr int warp_threads = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// More blocks than this take several turns each: enough to fill any GPU many times over, few enough for their partial
-// results to be added up in no time. Tests set it low.
+// The most blocks of a launch; with more work than that, each block takes several turns. This is enough to fill any GPU
+// many times over, and few enough for adding up their partial results in no time. Tests set it low.
 #if !defined(KDKERNELS_MOST_BLOCKS)
 #define KDKERNELS_MOST_BLOCKS 8192
 #endif
@@ -24,8 +24,8 @@ constexpr int64_t most_blocks = KDKERNELS_MOST_BLOCKS;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks for so many items, each block taking every gridDim.x-th item. It depends on the size alone, and so does the
-// order in which partial results are added.
+// The number of blocks for some items, each block taking every gridDim.x-th item. It depends on the size alone, and so
+// does the order in which partial results are added.
 inline unsigned blocks_for(int64_t items) {
   return unsigned(items < 1 ? 1 : items > most_blocks ? most_blocks : items);
 }

@@ -21,7 +21,7 @@ struct Larger {
   }
 };
 
-// A value of another lane, word by word: a number, or a struct of numbers
+// The value of another lane, a number or a struct of numbers, word by word
 template <class V>
 __device__ __forceinline__ V from_lane_xor(V value, int mask) {
   constexpr int words = int(sizeof(V) / sizeof(unsigned));
@@ -43,10 +43,10 @@ __device__ __forceinline__ V reduce_warp(V value, const Combine& combine) {
   return value;
 }
 
-// Over the block, through a warp's worth of shared memory for each value. All threads have to come here.
+// Reduces over the block, through a warp's worth of shared memory for each value. All threads must call it.
 template <class V, int count, class Combine>
 __device__ __forceinline__ void reduce_block(V (&values)[count], const Combine& combine) {
-  // Bytes, because a shared variable cannot have a constructor
+  // Bytes, because a shared variable cannot have a constructor.
   __shared__ __align__(16) unsigned char memory[count * warp_threads * sizeof(V)];
   V* const of_warps = reinterpret_cast<V*>(memory);
   const int lane = int(threadIdx.x) % warp_threads, warp = int(threadIdx.x) / warp_threads;
@@ -66,7 +66,7 @@ __device__ __forceinline__ void reduce_block(V (&values)[count], const Combine& 
   __syncthreads();  // before the next reduction writes here
 }
 
-// Which threads work on one item together
+// The threads that work on one item together
 enum class Group { thread, warp, block };
 
 template <Group group>

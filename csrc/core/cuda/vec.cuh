@@ -1,4 +1,4 @@
-// Numbers in memory as they are stored, and as they are computed with: 16 bytes at a time where they lie aligned.
+// Loads and stores that convert between the stored and the computed type, 16 bytes at a time where memory is aligned.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,8 +33,8 @@ __device__ __forceinline__ T to_stored(S value) {
   }
 }
 
-// body(Type<T>()) with the type that numbers are stored as. All threads have the same storage: the branch costs
-// next to nothing beside the memory access that follows it.
+// Calls body(Type<T>()) with the type that numbers are stored as. All threads have the same storage: the branch costs
+// next to nothing compared to the memory access that follows it.
 template <class Body>
 __device__ __forceinline__ decltype(auto) with_storage(Storage storage, const Body& body) {
   switch (storage) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ decltype(auto) with_storage(Storage storage, const Bo
   }
 }
 
-// `count` neighbouring numbers, aligned to all of them or to 16 bytes if they are more
+// `count` neighbouring numbers, aligned to their size or to 16 bytes, whichever is less
 template <int count, class T>
 struct Pack {
   static constexpr int bytes = count * int(sizeof(T));
@@ -82,7 +82,7 @@ struct Pack {
 template <class T>
 constexpr int pack_of = 16 / int(sizeof(T));
 
-// The first numbers of those that are there, up to a pack; 0 for the rest
+// Load and store a pack of which only the first `valid` numbers exist; the others are loaded as 0.
 template <class T, class S, int pack>
 __device__ __forceinline__ void load_some(const T* source, int64_t valid, S (&values)[pack]) {
   if (valid >= pack && Pack<pack, T>::aligned(source)) {
@@ -109,8 +109,9 @@ __device__ __forceinline__ void store_some(T* destination, int64_t valid, const 
   }
 }
 
-// Neighbouring numbers of a tensor, taken in packs of 16 bytes. The first pack begins where memory is aligned, `shift`
-// numbers before the first number; what a pack holds before the first and after the last is not touched.
+// A run: neighbouring numbers of a tensor, taken in packs of 16 bytes. The first pack begins where memory is aligned,
+// `shift` numbers before the first number; what packs contain before the first and after the last number is not
+// touched.
 template <class T>
 struct Run {
   static constexpr int pack = pack_of<T>;
@@ -121,7 +122,7 @@ struct Run {
 
   __device__ __forceinline__ Run(T* data, int64_t count)
       : data(data), count(count), shift(int(reinterpret_cast<uintptr_t>(data) / sizeof(T) % pack)), aligned(true) {}
-  // A run that is taken in the packs of another
+  // A run that is taken in the same packs as another
   template <class U>
   __device__ __forceinline__ Run(T* data, const Run<U>& like)
       : data(data),
@@ -134,7 +135,7 @@ struct Run {
   __device__ __forceinline__ bool has(int64_t i) const { return i >= 0 && i < count; }
   __device__ __forceinline__ bool whole(int64_t p) const { return first_of(p) >= 0 && first_of(p) + pack <= count; }
 
-  // The numbers of a pack, 0 for those that the run does not have
+  // Loads and stores the numbers of pack p; those outside the run are loaded as 0.
   template <class S>
   __device__ __forceinline__ void load(int64_t p, S (&numbers)[pack]) const {
     const int64_t first = first_of(p);
@@ -164,7 +165,7 @@ struct Run {
   }
 };
 
-// body(Type<T>()) on the host, with the type that numbers are stored as
+// Calls body(Type<T>()) on the host with the type that numbers are stored as.
 template <class Body>
 cudaError_t for_storage(Storage storage, const Body& body) {
   switch (storage) {
@@ -179,7 +180,7 @@ cudaError_t for_storage(Storage storage, const Body& body) {
   }
 }
 
-// The number that a 0-dim tensor holds: on the host by value, on the device to be read there
+// The value of a 0-dim tensor: known on the host, or read from device memory by the kernel
 struct ScalarArgument {
   const void* device = nullptr;
   Storage storage = Storage::float64;
