@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ON_EVERY_CORE := -n auto --dist loadgroup
 CSRC := $(shell find csrc -type f)
 EMULATOR := $(shell find python_tests/cuda_host -type f)
 DRIVER := bench/instructions/driver.cpp
@@ -14,8 +15,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo      distill a digit classifier without data and write build/demo/"
-	@echo "make test      run the tests"
-	@echo "make test-all  also run the long checks: three seeds of the demo, installs in clean environments"
+	@echo "make test      run the core tests: a few minutes on two cores"
+	@echo "make test-all  run all tests: exhaustive grids, the emulator under its checkers, nvcc, the demo, clean installs,"
+	@echo "               planted faults"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make bench     time the main functions against PyTorch and other packages, and write build/bench/"
 	@echo "make bench-full  time all functions, shapes, dtypes and routines, and the growth of cost"
@@ -43,12 +45,15 @@ demo: $(VENV)/.build
 	$(BIN)/python -m kdkernels demo
 
 test: $(VENV)/.build
-	@echo "== running the tests"
-	$(BIN)/python -m pytest -q -m "not slow"
+	@echo "== running the core tests on every core: about four minutes on two"
+	$(BIN)/python -m pytest -q -m "not slow" $(ON_EVERY_CORE)
 
-test-all: $(VENV)/.build
-	@echo "== running the tests and the long checks"
-	$(BIN)/python -m pytest -q
+# One process for what uses every core itself.
+test-all: test
+	@echo "== running the exhaustive and the long tests"
+	$(BIN)/python -m pytest -q -m slow
+	@echo "== checking that the core tests catch planted faults"
+	$(BIN)/python -m python_tests.planted.check
 
 lint: $(VENV)/.dependencies
 	@echo "== ruff, mypy, clang-format"

@@ -6,19 +6,19 @@ from dataclasses import replace
 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", "build", "inductor"))
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers, and the processes that they start, share the cores
+
 import pytest
 import torch
 from contract import ACCURACY, BACKENDS, DEVICE, KERNEL_BACKEND, KERNELS, OpContract, has_kernels, on_device
 from hypothesis import settings
 
 import kdkernels
+from kdkernels.testing.selftest import Accuracy
 
 settings.register_profile("kdkernels", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("kdkernels")
-
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
 
 
 def pytest_collection_modifyitems(config, items):
@@ -83,6 +83,17 @@ def pytest_generate_tests(metafunc):
     if "call" in metafunc.fixturenames:
         calls = [replace(call, inputs=tuple(map(on_device, call.inputs))) for call in cls.calls()]
         metafunc.parametrize("call", calls, ids=[call.name for call in calls])
+
+
+def pytest_sessionfinish(session):
+    """Hand the accuracy of a worker's cases to the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["accuracy"] = [(row.name, row.ours, row.eager) for row in ACCURACY]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    ACCURACY.extend(Accuracy(*row) for row in getattr(node, "workeroutput", {}).get("accuracy", ()))
 
 
 def pytest_terminal_summary(terminalreporter):

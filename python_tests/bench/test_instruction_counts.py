@@ -31,12 +31,14 @@ def measured(tmp_path_factory):
         return list(pool.map(instruction_counts.count, [program, program]))
 
 
+@pytest.mark.slow
 def test_kernels_keep_their_budgets(measured):
     recorded, budgets = instruction_counts.read_budgets()
     allowed = instruction_counts.margin(recorded, instruction_counts.compiler_version())
     assert instruction_counts.complaints(measured[0], budgets, allowed) == []
 
 
+@pytest.mark.slow
 def test_counts_are_repeatable(measured):
     assert measured[0] == measured[1]
 

@@ -18,6 +18,9 @@ if kernel_resources.cuobjdump() is None:
     )
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def measured():
     return kernel_resources.measure()

@@ -85,6 +85,7 @@ def backend_in(site, environment):
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "backend"), [("none", "reference"), ("cpu", "native")])
 def test_the_source_distribution_installs(source_distribution, tmp_path, build, backend):
     """It installs with kernels, and without a compiler."""

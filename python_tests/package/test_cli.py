@@ -209,6 +209,7 @@ def test_interrupted_demo_resumes_after_the_last_seed(tmp_path, monkeypatch):
     assert not (tmp_path / "unfinished.json").exists()
 
 
+@pytest.mark.slow
 def test_one_seed_of_the_demo(tmp_path):
     """The bounds are below the claims, which concern the mean of three seeds; the slow test checks those."""
     mean = demo.run_demo(tmp_path, progress=False)["mean"]
