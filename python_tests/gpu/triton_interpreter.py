@@ -10,12 +10,12 @@ import pytest
 import torch
 from contract import CORE_GRID, Call, OpContract, has_kernels
 
-from kdkernels.ops._cases import DTYPES
+from kdkernels.ops._cases import DTYPES, registry
 from kdkernels.testing.selftest import accuracy_of, reference_results, results_of
 
 OPS = Path(__file__).resolve().parents[1] / "ops"
-for path in OPS.glob("test_*.py"):
-    importlib.import_module(path.stem)
+for op in registry():
+    importlib.import_module(f"test_{op}")
 CONTRACTS = sorted((c for c in OpContract.__subclasses__() if has_kernels(c.op)), key=lambda contract: contract.op)
 LARGEST = 5000  # elements of a sample; a program of the interpreter takes some milliseconds
 # The interpreter cuts fp32 off where it becomes bf16, instead of rounding: up to a unit more, in gradients only.
