@@ -21,6 +21,7 @@ CPP_TOOLS = [
 ]
 ROUTINES = ("inversion", "distillation", "models", "data", "cli")
 SEE_VALUES = {"cases.py", "reference.py"}
+CPP_OPS = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name not in {"core", "isa"})
 OPS = {path.parent.name for path in (ROOT / "kdkernels/ops").glob("*/__init__.py")}
 
 
@@ -52,7 +53,7 @@ def test_every_op_has_its_folders():
 
 
 def test_ops_are_found_by_looking():
-    """Outside its folders and its own tests nothing imports an op, includes its headers, or lists it with another."""
+    """Outside its folders and its own tests nothing imports an op or lists it."""
     for path in [*PYTHON, *TOOLS]:
         relative = path.relative_to(ROOT)
         if relative.as_posix() in {"kdkernels/functional.py", "kdkernels/nn.py"}:
@@ -64,10 +65,6 @@ def test_ops_are_found_by_looking():
         # An op that is called as a public function is may be named as that function.
         named = {op for op in OPS - set(functional.__all__) if op in strings} - own
         assert not named, f"{relative} names {named}"
-    for path in CPP_TOOLS:
-        own = {op for op in OPS if op in path.parts or op in path.stem}
-        included = {name.split("/")[0] for name in re.findall(r'#include "([^"]+)"', path.read_text())}
-        assert not included & OPS - own, f"{path.relative_to(ROOT)} includes {included & OPS - own}"
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
@@ -94,6 +91,18 @@ def test_ops_do_not_wait_for_a_device(path):
         assert not re.search(r"\.(item|tolist|cpu)\(\)|torch\.equal\(", path.read_text())
 
 
+@pytest.mark.parametrize("op", CPP_OPS)
+def test_files_of_an_op_are_named_by_role(op):
+    names = {path.name for path in (ROOT / "csrc" / op).iterdir()}
+    shared, cpu = {"arguments.h", "binding.h"}, {"plan.h", "cpu_kernels.h", "cpu.cpp", "counted.h"}
+    cuda = {"cuda_kernels.h", "cuda_kernels.cu", "cuda.cpp"}
+    assert shared < names
+    assert cpu <= names or not cpu & names
+    assert cuda <= names or not cuda & names
+    others = names - shared - cpu - cuda - {"math.h"}
+    assert not [name for name in others if not name.startswith(("cpu_", "cuda_"))]
+
+
 @pytest.mark.parametrize("path", CPP, ids=lambda path: str(path.relative_to(ROOT)))
 def test_cpp_rules(path):
     code = code_of(path)
@@ -102,14 +111,26 @@ def test_cpp_rules(path):
     assert not [name for name in includes if name.startswith(("ATen", "c10", "torch/extension", "torch/torch"))]
     torch = [name for name in includes if name.startswith("torch/")]
     assert not torch or path.name == "stable.h"
-    if path.name == "math.h":
-        assert not [name for name in includes if "cuda" in name or "stable" in name]
+    if path.name in {"math.h", "arguments.h", "plan.h"} or "kernels" in path.name:
+        assert not [name for name in includes if name.endswith(("stable.h", "dispatch.h", "binding.h"))]
     if not path.name.startswith("cuda") and "cuda" not in path.parts:
         assert not [name for name in includes if "cuda" in name]
     # Kernel launches go through one typed helper, sums through partial results in a fixed order.
     assert "<<<" not in code
     assert not re.search(r"atomicAdd|std::atomic<(float|double)>", code)
+
+
+def test_builds_pin_no_standard_and_no_processor():
     assert not re.search(r"-ffast-math|-std=|march=native", (ROOT / "setup.py").read_text())
+
+
+def test_only_an_op_and_its_test_know_its_cpp_files():
+    for path in [*CPP_TOOLS, ROOT / "setup.py", ROOT / "CMakeLists.txt"]:
+        own = path.parent.name if path.parent.parent.name == "csrc" else ""
+        if path.parent == ROOT / "python_tests/ops":
+            own = next((op for op in CPP_OPS if path.name.startswith(op)), "")
+        code = code_of(path) if path in CPP_TOOLS else path.read_text()
+        assert not [op for op in CPP_OPS if op != own and re.search(rf"{op}", code)], path.relative_to(ROOT)
 
 
 def test_files_fit_in_a_head():

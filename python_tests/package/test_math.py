@@ -1,4 +1,4 @@
-"""The building blocks of csrc/math and the 16-bit storage, against NumPy in extended precision."""
+"""The functions of csrc/core/fast_exp.h and the 16-bit storage, against NumPy in extended precision."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ if not KERNELS:
 from kdkernels import _C
 
 L = np.longdouble
-# What is left when first orders cancel is up to ten times smaller than what it is computed from, where the polynomial
-# near 0 hands over to the plain difference: hence the larger bounds of the rests.
+# What is left after first orders cancel is up to ten times smaller than the numbers it is computed from, where the
+# polynomial near 0 hands over to the plain difference: hence the larger bounds of the rests.
 FUNCTIONS = {
     "exp_nonpositive": (np.exp, -80.0, 0.0, 1.1),
     "expm1": (np.expm1, -80.0, 0.0, 1.3),
@@ -24,7 +24,7 @@ FUNCTIONS = {
 
 
 def numbers(low, high, count, dtype):
-    """Numbers all over a range, and closer and closer to 0 where that is inside."""
+    """Numbers all over a range, and closer and closer to 0 if that is in the range."""
     rng = np.random.default_rng(0)
     spread = rng.uniform(low, high, count)
     near = 10.0 ** rng.uniform(-6, 0, count) * (np.sign(low) if high <= 0 else 1)
@@ -41,7 +41,7 @@ def test_functions_are_accurate(name, dtype, vectors):
     evaluate = _C.evaluate_float if dtype == np.float32 else _C.evaluate_double
     found = np.array(evaluate(name, x.tolist(), vectors), dtype=dtype)
     if name.endswith("rest"):
-        # In double even the truth cancels: second-order terms are checked down to 1e-3.
+        # In double even the exact values cancel: second-order terms are checked down to 1e-3.
         x, found = (a[np.abs(x) > (1e-3 if dtype == np.float64 else 1e-5)] for a in (x, found))
     truth = exact(x.astype(L))
     unit = np.ldexp(L(1), np.frexp(truth.astype(dtype))[1] - np.finfo(dtype).nmant - 1)
