@@ -1,10 +1,10 @@
-"""The benchmark of gpu.py: every case against its rivals, checked first, then timed by turns with device events.
+"""The benchmark on a GPU: every case against its rivals, checked first, then timed in turn with device events.
 
     python -m bench.gpu.benchmark [--warm]
 
 Rivals are eager PyTorch, torch.compile of the same, the packages of rivals.py that are installed, and our own Triton
 kernels. All of them start from the same logits, activations or images, and end with a gradient that was None before.
-With --warm it only lets torch.compile fill its cache. Without a device it runs tiny cases on the CPU.
+With --warm it only lets torch.compile fill its cache. A dry run times tiny cases on the CPU.
 """
 
 import contextlib
@@ -13,26 +13,28 @@ import gc
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from bench.gpu.report import Part, judge
+from bench.gpu.part import Part
 from bench.gpu.run import CUT, PASSED
-from bench.gpu.steps import FAILED, seconds_left
+from bench.gpu.steps import DRY, FAILED, seconds_left
 from bench.gpu.workloads import GpuCase, cases
-from bench.roofline import copy_bandwidth, peak_operations
+from bench.ops.rows import info_of
+from bench.report.data import OURS, Row, goals_of, rows_of
+from bench.roofline import copy_bandwidth
 from kdkernels.ops._registry import Backend
 from kdkernels.testing.comparison import COMPILE, MODES, Contest, Passes, enter, peak_bytes, why_not
 from kdkernels.testing.timing import Clock, DeviceClock, HostClock, Timed, interleaved_medians, interleaved_rounds
 
-DRY = os.environ.get("KDKERNELS_DRY") == "1"
 COPY_BYTES = 2 << 30
 REPEATS = 20  # forward and backward passes in a CUDA graph
-COMPILED_IN_A_DRY_RUN = 1  # compiling takes seconds, and tells a dry run nothing new
+NOT_REACHED = "not reached in the time"
 
 
 def capture(call: Callable[[], None], repeats: int = 1, **options: Any) -> torch.cuda.CUDAGraph:
@@ -52,7 +54,7 @@ def capture(call: Callable[[], None], repeats: int = 1, **options: Any) -> torch
 
 
 def launches(call: Callable[[], None]) -> int:
-    """How many nodes a call's CUDA graph has: kernels, copies, fills."""
+    """Return the number of nodes of a call's CUDA graph: kernels, copies, fills."""
     graph = capture(call, keep_graph=True)
     runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
     count = ctypes.c_size_t()
@@ -63,7 +65,7 @@ def launches(call: Callable[[], None]) -> int:
 
 
 def under_graph(passes: Passes, clock: Clock) -> dict[str, Any]:
-    """Time a forward and a backward as a part of a graph of many of them, and count their launches."""
+    """Time a forward with its backward as part of a graph of many of them, and count their launches."""
 
     def step(backward: bool = True) -> None:
         passes.clear()
@@ -86,51 +88,52 @@ def under_graph(passes: Passes, clock: Clock) -> dict[str, Any]:
     return result
 
 
-def empty_row(case: GpuCase) -> dict[str, Any]:
-    return {
-        "name": case.name, "errors": {}, "seconds": {}, "bytes_per_second": {}, "peak_bytes": {},
-        "not_timed": dict(case.missing), "targets": [],
-    }  # fmt: skip
-
-
 def contest_of(case: GpuCase, device: str, compiled: Mapping[str, str | None]) -> Contest:
-    ours: dict[str, Backend] = {"native": "native", "triton": "triton"}
-    # Liger is last: it lets the host wait, which spoils the capture of a graph.
-    return enter(case.workload, device, ours, case.rivals, compiled, _free)
+    # The native kernels are kdkernels in the report; liger is last: it lets the host wait, which spoils a capture.
+    ours: dict[str, Backend] = {OURS: "native", f"{OURS}, Triton": "triton"}
+    contest = enter(case.workload, device, ours, case.rivals, compiled, _free)
+    contest.not_timed |= case.missing | dict.fromkeys(COMPILE.keys() - compiled.keys(), "left out")
+    return contest
+
+
+def rows_of_case(case: GpuCase, contest: Contest, device: str) -> dict[str, dict[str, Any]]:
+    """Return what is recorded of a case by mode, without times."""
+    return {
+        mode: {"name": case.name, "extra_info": info_of(case.workload, contest, mode, device, case.goals)}
+        for mode in MODES
+    }
+
+
+def untimed(case: GpuCase, device: str, reason: str) -> dict[str, Any]:
+    """Return the row of a case that failed or was not reached."""
+    row = rows_of_case(case, Contest(), device)["full"]
+    row["extra_info"]["failed"] = reason
+    return row
 
 
 def measure(
     case: GpuCase, clock: Clock, device: str, *, compiled: Mapping[str, str | None] = COMPILE, seconds: float = 1.5
-) -> dict[str, Any]:
-    """Check a case, time what passed, and compare it with its goals."""
-    row = empty_row(case)
-    row["not_timed"] |= {
-        name: f"left out{' of the dry run' if DRY else ''}" for name in COMPILE if name not in compiled
-    }
+) -> list[dict[str, Any]]:
+    """Check a case, time the contenders that are right, and return a row for each mode."""
     contest = contest_of(case, device, compiled)
-    row["errors"] = contest.errors
-    row["not_timed"] |= contest.not_timed
-    row["compile_seconds"] = contest.compile_seconds
+    rows = rows_of_case(case, contest, device)
     if not contest.passes:
-        return row
+        return [rows["full"]]
+    peaks = {}
     for name, passes in contest.passes.items():
         passes.clear()
-        row["peak_bytes"][name] = peak_bytes(passes.full, device)
+        peaks[name] = peak_bytes(passes.full, device)
         passes.clear()
     _free()
-    timed = {(name, mode): one for name, passes in contest.passes.items() for mode, one in passes.timed().items()}
-    rounds = interleaved_rounds(
-        {f"{name} {mode}": one for (name, mode), one in timed.items()}, clock, rounds=15, seconds=seconds
-    )
-    row["rounds"] = rounds
-    row["seconds"] = {name: {mode: median(rounds[f"{name} {mode}"]) for mode in MODES} for name in contest.passes}
-    passes_over = case.workload.passes["cuda"]
-    for mode, count in zip(MODES, (*passes_over, sum(passes_over)), strict=True):
-        if count:
-            row["bytes_per_second"][mode] = count * case.workload.tensor_bytes / row["seconds"]["native"][mode]
+    timed = {f"{mode} {name}": one for name, passes in contest.passes.items() for mode, one in passes.timed().items()}
+    rounds = interleaved_rounds(timed, clock, rounds=15, seconds=seconds)
+    for mode, row in rows.items():
+        by_name = {name: rounds[f"{mode} {name}"] for name in contest.passes}
+        row["extra_info"] |= {"rounds": by_name, "cold": device == "cuda"}
+    rows["full"]["extra_info"]["peak_bytes"] = peaks
     if case.needs_graph and device == "cuda":
-        row["graph"] = {name: under_graph(passes, clock) for name, passes in contest.passes.items()}
-    return row
+        rows["full"]["extra_info"]["graph"] = {n: under_graph(passes, clock) for n, passes in contest.passes.items()}
+    return list(rows.values())
 
 
 def _free() -> None:
@@ -153,42 +156,46 @@ def benchmark(part: Part) -> int:
     if DRY:
         torch.set_num_threads(1)
     clock: Clock = HostClock() if DRY else DeviceClock()
-    bandwidth = copy_bandwidth(clock, device, COPY_BYTES // 32 if DRY else COPY_BYTES)
-    peak = peak_operations(clock, device)
+    copy = copy_bandwidth(clock, device, COPY_BYTES // 32 if DRY else COPY_BYTES)
     _free()
-    part.add(copy_bandwidth=bandwidth, operations_per_second=peak, rows=[])
+    part.add(roofline={"copy_bytes_per_second": copy})
     rows: list[dict[str, Any]] = []
-    waiting = list({case.name: case for case in cases(DRY)}.values())  # tiny, some cases are the same
+    judged: list[Row] = []
+    waiting = list({case.name: case for case in cases(DRY)}.values())  # some tiny cases are equal
     longest = 0.0
     while waiting and seconds_left() > longest:
         case, left = waiting.pop(0), seconds_left()
-        compiled = case.compiled if not DRY or len(rows) < COMPILED_IN_A_DRY_RUN else {}
+        compiled = {} if DRY and rows else case.compiled  # compiling takes seconds, and once is enough for a dry run
+        if DRY:
+            case = replace(case, goals={})
         try:
-            row = measure(case, clock, device, compiled=compiled, seconds=0.2 if DRY else 1.5)
+            measured = measure(case, clock, device, compiled=compiled, seconds=0.2 if DRY else 1.5)
         except Exception as error:
             traceback.print_exc()
-            row = empty_row(case)
-            row["not_timed"]["native"] = why_not(error)
-        row["targets"] = [] if DRY else judge(row, case.goals, bandwidth)
-        rows.append(row)
+            measured = [untimed(case, device, why_not(error))]
+        rows += measured
         _free()
-        # What compiles anew takes longest; the half of it is a fair guess for a case whose compilation is cached.
+        # A first compilation takes longest; half of it is a fair guess for a case whose compilation is cached.
         longest = max(longest, 0.5 * (left - seconds_left()))
-        part.add(rows=rows, not_reached=[other.name for other in waiting], summary=_summary(rows, waiting))
-        print(f"{case.name}: {row['seconds'] or row['not_timed']}", flush=True)
-    if any("native" in row["not_timed"] for row in rows):
+        report = {"benchmarks": [*rows, *(untimed(other, device, NOT_REACHED) for other in waiting)]}
+        judged = rows_of(report)
+        part.add(**report, summary=summary(judged, copy))
+        full = judged[len(rows) - 1]
+        print(f"{case.name}: {full.failed or full.seconds}", flush=True)
+    if any(row.failed != NOT_REACHED for row in judged if row.failed):
         return FAILED
     return CUT if waiting else PASSED
 
 
-def _summary(rows: list[dict[str, Any]], waiting: list[GpuCase]) -> str:
-    verdicts = [target["verdict"] for row in rows for target in row["targets"]]
-    wrong = sum("native" in row["not_timed"] for row in rows)
-    text = f"{len(rows)} cases" + (f", {wrong} of them wrong or failed" if wrong else "")
-    text += f", {len(waiting)} not reached" if waiting else ""
-    if not verdicts:
-        return f"{text}, no number of which is a claim"
-    return f"{text}; targets: {verdicts.count('met')} met, {verdicts.count('MISSED')} MISSED"
+def summary(rows: list[Row], copy: float) -> str:
+    reached = [row for row in rows if row.failed != NOT_REACHED]
+    cases_done = sum(row.parts[-1] == "full" for row in reached)
+    wrong, waiting = sum(bool(row.failed) for row in reached), len(rows) - len(reached)
+    text = f"{cases_done} cases" + (f", {wrong} of them wrong or failed" if wrong else "")
+    text += f", {waiting} not reached" if waiting else ""
+    verdicts = Counter(goal.verdict for goal in goals_of(reached, copy))
+    goals = "no number is a claim" if DRY else f"goals: {verdicts['met']} met, {verdicts['missed']} missed"
+    return f"{text}; {goals}"
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
-"""A plugin of pytest that writes each result at once, so that those of a run that is cut or crashes are kept.
+"""A pytest plugin that writes each result at once, so that a run that is cut or crashes keeps its results.
 
-KDKERNELS_TEST_RESULTS names the file: a line of JSON for the collection, and one for each test.
+KDKERNELS_TEST_RESULTS names the file: one line of JSON for the collection, and one for each test.
 """
 
 import json

@@ -2,10 +2,11 @@
 
     python -m bench.gpu.run [--output build/gpu] [--only build,benchmark] [--dry]
 
-It takes the interpreter that runs it, with the packages that are installed there, and neither a network nor root
-rights. Each step is a process of its own with a budget, past which it is ended; what it had found out by then is in
-the report, OUTPUT/report.json and report.md, which is written anew after each step. The package, logs and caches are
-in a folder beside OUTPUT. --dry does what needs no device.
+It runs with the interpreter that starts it and the packages installed there, and needs neither a network nor root
+rights. Each step is a process of its own with a budget, past which it is ended; what it found out by then is in the
+report, which is written again after each step: OUTPUT/report.json, report.md, and report.html where matplotlib is
+installed (`python -m bench.report.run` draws it from the JSON elsewhere). The package, logs and caches are in a folder
+beside OUTPUT. --dry does what needs no device.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.report import read_part, verdict, write_report
+from bench.gpu.part import read_part
+from bench.report.files import write
+from bench.report.qualification import verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a step's process returns; anything else is a failure.
@@ -32,7 +35,7 @@ GRACE_SECONDS = 2.0  # between the request to end and the end
 
 @dataclass(frozen=True)
 class Step:
-    """A process with a budget in seconds. It writes what it finds out into the file that KDKERNELS_PART names."""
+    """A process with a budget in seconds. It writes what it finds out to the file that KDKERNELS_PART names."""
 
     name: str
     seconds: float
@@ -52,7 +55,7 @@ def end(process: subprocess.Popen, grace: float = GRACE_SECONDS) -> None:
 
 
 def run_step(step: Step, work: Path, environment: dict[str, str], seconds: float) -> dict[str, Any]:
-    """Run a step for so many seconds at most, and return its entry in the report."""
+    """Run a step for at most so many seconds, and return its entry in the report."""
     part, log = work / f"{step.name}.json", work / f"{step.name}.txt"
     work.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)
@@ -67,7 +70,7 @@ def run_step(step: Step, work: Path, environment: dict[str, str], seconds: float
         except subprocess.TimeoutExpired:
             state = "cut"
         finally:
-            end(process)  # also what the step may have left running
+            end(process)  # what the step may have left running, too
     content = read_part(part)
     text = log.read_text(errors="replace").strip()
     summary = content.pop("summary", "") or (text.splitlines() or ["nothing was written"])[-1][:200]
@@ -92,19 +95,25 @@ def run_steps(
     dry: bool,
     total: float = TOTAL_SECONDS,
 ) -> dict[str, Any]:
-    """Run the steps one after the other, whatever becomes of each; return the report, which is in a folder by then."""
+    """Run the steps one after the other, even if some fail; write the report after each of them, and return it.
+
+    A step that finds out an environment, a roofline or benchmarks adds them to the report as a whole.
+    """
     start, steps = time.monotonic(), tuple(steps)
     report: dict[str, Any] = {
-        "dry_run": dry, "begun": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": 0.0, "finished": False, "steps": [],
+        "dry_run": dry, "begun": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": 0.0, "finished": False,
+        "environment": {}, "roofline": {}, "steps": [], "benchmarks": [],
     }  # fmt: skip
     for step in steps:
         left = total - (time.monotonic() - start)
         print(f"== {step.name}: {min(step.seconds, left):.0f} s at most", flush=True)
         entry = run_step(step, work, environment, max(min(step.seconds, left), 0.1))
+        for key in ("environment", "roofline", "benchmarks"):
+            report[key] = entry["part"].pop(key, report[key])
         report["steps"].append(entry)
         report["seconds"] = round(time.monotonic() - start, 2)
         report["finished"] = step is steps[-1]
-        write_report(folder, report)
+        write(report, folder)
         print(f"   {entry['state']} after {entry['seconds']:.0f} s: {entry['summary']}", flush=True)
         if step.name == "environment" and entry["state"] == "failed":
             break  # nothing can run without PyTorch, or without a GPU
@@ -116,16 +125,16 @@ def passed(report: dict[str, Any]) -> bool:
 
 
 def interpreter(dry: bool) -> str:
-    """This interpreter; a dry run takes that of `make test` where this one has no PyTorch."""
+    """Return this interpreter; a dry run uses that of `make test` if this one has no PyTorch."""
     made = ROOT / ".venv" / "bin" / "python"
     if dry and made.exists() and subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode:
-        print(f"{sys.executable} has no PyTorch; the dry run takes {made}", flush=True)
+        print(f"{sys.executable} has no PyTorch; the dry run uses {made}", flush=True)
         return str(made)
     return sys.executable
 
 
 def unpacked_wheels(folder: Path) -> list[str]:
-    """Where the wheels of KDKERNELS_WHEELS, a folder with rivals for the benchmark, have been unpacked."""
+    """Unpack the wheels of KDKERNELS_WHEELS, a folder with rivals for the benchmark, and return where."""
     wheels = os.environ.get("KDKERNELS_WHEELS")
     found = sorted(Path(wheels).glob("*.whl")) if wheels else []
     for wheel in found:
@@ -134,14 +143,14 @@ def unpacked_wheels(folder: Path) -> list[str]:
 
 
 def work_beside(folder: Path, dry: bool) -> Path:
-    """Where the package is built and what the steps write meanwhile is kept."""
+    """Return the folder in which the package is built and the steps write their parts and logs."""
     folder.mkdir(parents=True, exist_ok=True)
     parent = folder.parent if os.access(folder.parent, os.W_OK) else ROOT / "build"
     return parent / ("gpu-work-dry" if dry else "gpu-work")
 
 
 def environment_of(work: Path, python: str, dry: bool) -> dict[str, str]:
-    """The environment of the steps: the package that is built here, and caches beside it."""
+    """Return the environment of the steps: the package that is built here, and caches beside it."""
     paths = [str(work / "site"), *unpacked_wheels(work / "wheels"), str(ROOT)]
     paths += [path for path in (os.environ.get("PYTHONPATH"),) if path]
     return {
@@ -169,17 +178,19 @@ def steps_of(python: str, dry: bool) -> list[Step]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Qualify kdkernels on a machine with an NVIDIA GPU.")
-    parser.add_argument("--output", type=Path, default=ROOT / "build/gpu", help="of the report; default: build/gpu")
-    parser.add_argument("--only", default="", help="steps to run, separated by commas; a build of before is kept")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "build/gpu", help="folder of the report; default: build/gpu"
+    )
+    parser.add_argument("--only", default="", help="steps to run, separated by commas; an earlier build is kept")
     parser.add_argument("--dry", action="store_true", help="do what needs no device")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the step
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step, too
     folder = options.output.resolve()
     python = interpreter(options.dry)
     steps = steps_of(python, options.dry)
     unknown = set(filter(None, options.only.split(","))) - {step.name for step in steps}
     if unknown:
-        parser.error(f"no step is called {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in steps)}")
+        parser.error(f"no step is called {', '.join(sorted(unknown))}; steps are {', '.join(s.name for s in steps)}")
     if options.only:
         steps = [step for step in steps if step.name in options.only.split(",")]
     work = work_beside(folder, options.dry)

@@ -1,12 +1,11 @@
-"""The steps of run.py but the benchmark, each in a process of its own: python -m bench.gpu.steps STEP.
+"""The steps of run.py except the benchmark, each in a process of its own: python -m bench.gpu.steps STEP.
 
 The environment says which part of the report a step writes (KDKERNELS_PART), how long it may take (KDKERNELS_SECONDS),
-where the package is built (KDKERNELS_BUILT), and whether a device may be used (KDKERNELS_DRY).
+where the package is built (KDKERNELS_WORK), and whether it is a dry run, which uses no device (KDKERNELS_DRY).
 """
 
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -18,23 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.report import Part
+from bench import machine
+from bench.gpu.part import Part
 from bench.gpu.run import CUT, NOT_AVAILABLE, PASSED, ROOT
 
 FAILED = 1
 DRY = os.environ.get("KDKERNELS_DRY") == "1"
 WORK = Path(os.environ.get("KDKERNELS_WORK", ROOT / "build/gpu-work"))
 BEGUN = time.monotonic()
-CORES = len(os.sched_getaffinity(0))
+CORES = machine.cores()
+NO_DEVICE = "this PyTorch can use no CUDA device; `make gpu DRY=1` runs what needs none"
 
 
 def seconds_left(reserve: float = 6.0) -> float:
-    """What is left of the step's time, less what it needs to end in order."""
+    """Return what is left of the step's time, less what it needs to end in order."""
     return float(os.environ.get("KDKERNELS_SECONDS", "600")) - reserve - (time.monotonic() - BEGUN)
 
 
 def output_of(*command: str, seconds: float = 15.0) -> str | None:
-    """What a command printed, or None where it is not there or fails."""
+    """Return what a command printed, or None if it is missing or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
@@ -43,7 +44,7 @@ def output_of(*command: str, seconds: float = 15.0) -> str | None:
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, or where toolkits are installed."""
+    """Return the path of a program of the CUDA toolkit: on PATH, or where toolkits are installed."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [Path(home) / "bin" for home in homes if home]
     folders += sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)
@@ -60,34 +61,26 @@ def environment(part: Part) -> int:
     except ImportError as error:
         part.add(summary=f"{sys.executable} cannot import PyTorch ({error}); name one that can: make gpu PYTHON=...")
         return FAILED
-    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"torch_cuda": torch.version.cuda, "processor_cores": CORES}
-    for name in ("triton", "pytest", "hypothesis", "ninja", "pybind11", "setuptools", "liger_kernel"):
-        versions[name] = version_of(name)
-    part.add(**versions, revision=output_of("git", "describe", "--always", "--dirty") or "unknown")
+    names = ("triton", "pytest", "hypothesis", "ninja", "pybind11", "setuptools", "liger-kernel", "matplotlib")
     nvcc = find_tool("nvcc")
-    text = (output_of(nvcc, "--version") or "") if nvcc else ""
-    release = re.search(r"release ([\d.]+)", text)
-    tools = {name: find_tool(name) or "not installed" for name in ("compute-sanitizer", "ncu")}
-    part.add(nvcc=f"{release.group(1) if release else 'unknown'} ({nvcc})" if nvcc else "not installed", **tools)
+    found = re.search(r"release ([\d.]+)", (output_of(nvcc, "--version") or "") if nvcc else "")
+    release = found.group(1) if found else "unknown" if nvcc else "not installed"
+    facts: dict[str, Any] = {
+        **machine.facts("make gpu"), "torch": torch.__version__, "torch_cuda": torch.version.cuda,
+        **{name: version_of(name) for name in names}, "nvcc": f"{release} ({nvcc})" if nvcc else release,
+        **{name: find_tool(name) or "not installed" for name in ("compute-sanitizer", "ncu")},
+    }  # fmt: skip
     if not torch.cuda.is_available():
-        part.add(gpu="none", summary=f"no GPU, torch {torch.__version__}")
-        if DRY:
-            return PASSED
-        print("no CUDA device can be used by this PyTorch; `make gpu DRY=1` runs what needs none")
-        part.add(summary="no CUDA device can be used by this PyTorch; `make gpu DRY=1` runs what needs none")
-        return FAILED
+        part.add(environment=facts, summary=f"no GPU, torch {torch.__version__}" if DRY else NO_DEVICE)
+        return PASSED if DRY else FAILED
     gpu = torch.cuda.get_device_properties(0)
-    part.add(
-        gpu=gpu.name,
-        capability=f"{gpu.major}.{gpu.minor}",
-        driver=output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
-        devices=torch.cuda.device_count(),
-        memory_gib=round(gpu.total_memory / 2**30, 1),
-        multiprocessors=gpu.multi_processor_count,
-        l2_cache_mib=round(gpu.L2_cache_size / 2**20, 1),
-        summary=f"{gpu.name}, torch {torch.__version__}, nvcc {release.group(1) if release else 'not installed'}",
-    )
+    facts |= {
+        "device": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "devices": torch.cuda.device_count(),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
+        "device_memory_gib": round(gpu.total_memory / 2**30, 1), "multiprocessors": gpu.multi_processor_count,
+        "l2_cache_mib": round(gpu.L2_cache_size / 2**20, 1),
+    }  # fmt: skip
+    part.add(environment=facts, summary=f"{gpu.name}, torch {torch.__version__}, nvcc {release}")
     return PASSED
 
 
@@ -112,8 +105,8 @@ def build(part: Part) -> int:
     shutil.copytree(ROOT / "kdkernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     mode, variables, start = "cpu" if DRY else "cuda", {}, time.monotonic()
     if DRY:
-        part.add(would_build=f"the CUDA kernels too, with nvcc from {find_tool('nvcc') or 'nowhere: it is not there'}")
-        # Of this interpreter, if `make test` has built one for it
+        part.add(would_build=f"the CUDA kernels too, with {find_tool('nvcc') or 'nvcc, which is not installed'}")
+        # That of this interpreter, if `make test` has built one for it
         for library in (ROOT / "kdkernels").glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
             shutil.copy2(library, package)
             part.add(reused=str(library.relative_to(ROOT)))
@@ -132,7 +125,7 @@ def build(part: Part) -> int:
     code = "import json, kdkernels; print(json.dumps(kdkernels.build_info()))"
     info = output_of(sys.executable, "-c", code, seconds=60)
     if info is None:
-        part.add(summary="what was built does not load")
+        part.add(summary="the built package cannot be imported")
         return FAILED
     information = json.loads(info.splitlines()[-1])
     part.add(build_info=information, summary=f"{', '.join(information['compiled']) or 'nothing'} in {WORK}")
@@ -141,13 +134,12 @@ def build(part: Part) -> int:
 
 # Correctness
 
-OPS = ("softmax_divergence", "batch_norm_stats", "total_variation", "gradient_reversal")
 CONTRACT = "equals_reference or inputs_are_not_written or order_of_work or gradcheck or second_backward"
 
 
 @dataclass
 class TestRun:
-    """A run of pytest, and what it has written of its results."""
+    """A run of pytest, and the results that it has written."""
 
     name: str
     target: str
@@ -202,7 +194,7 @@ class TestRun:
             "failed": len(failures),
             "skipped": sum(entry["outcome"] == "skipped" for entry in outcomes),
             "collected": next((entry["collected"] for entry in entries if "collected" in entry), 0),
-            "seconds": max((sum(entry["seconds"] for entry in outcomes), 0.0)),
+            "seconds": sum(entry["seconds"] for entry in outcomes),
             "failures": [{"test": e["test"], "message": e["message"]} for e in failures[:50]],
             "skip_reasons": sorted({e["message"] for e in outcomes if e["outcome"] == "skipped"})[:20],
         }  # fmt: skip
@@ -210,12 +202,11 @@ class TestRun:
 
 def correctness(part: Part) -> int:
     """Run the tests, the most important first, side by side where there are processors for it."""
+    ops = [path.parent.name for path in sorted((ROOT / "kdkernels/ops").glob("*/cases.py"))]
     runs = [TestRun("gpu", "cuda", folder="gpu"), TestRun("gpu_emulator", "cuda", folder="gpu")]
-    runs += [TestRun(op, "cuda", CONTRACT) for op in OPS]
-    runs += [
-        TestRun("gpu_memory", "cuda", folder="gpu"),
-        *(TestRun(op, "cuda-triton", "equals_reference") for op in OPS),
-    ]
+    runs += [TestRun(op, "cuda", CONTRACT) for op in ops]
+    runs += [TestRun("gpu_memory", "cuda", folder="gpu")]
+    runs += [TestRun(op, "cuda-triton", "equals_reference") for op in ops]
     if DRY:
         runs = [run for run in runs if run.target == "cuda"]
     at_once = CORES - 2 if CORES >= 8 else 1
@@ -246,7 +237,7 @@ def correctness(part: Part) -> int:
 
 
 def warm_up_compiler() -> subprocess.Popen:
-    """Let torch.compile, the rival, fill its cache beside the tests: compiling is not what the benchmark times."""
+    """Let torch.compile fill its cache while the tests run: the benchmark does not time compilation."""
     log = (WORK / "warm_up.txt").open("w")
     command = [sys.executable, "-m", "bench.gpu.benchmark", "--warm"]
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -256,7 +247,7 @@ def warm_up_compiler() -> subprocess.Popen:
 
 
 def under_tool(command: list[str], *arguments: str, log: Path, seconds: float) -> str:
-    """Run the small calls under a tool, for so long at most, and return what was printed."""
+    """Run the small calls under a tool, for at most so long, and return what was printed."""
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor is an allocation, whose ends the tool sees
     command = [*command, sys.executable, "-m", "bench.gpu.small_calls", *arguments]
     with log.open("w") as file:

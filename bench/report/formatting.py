@@ -3,27 +3,29 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bench.report.data import is_number
+from bench.report.data import Ratio
 from bench.report.render import Cell
-from kdkernels.testing.timing import Ratio
 
 NONE = "–"
 
 
-def significant(value: float, digits: int = 3) -> str:
+def significant(value: float | None, scale: float = 1.0, digits: int = 3) -> str:
+    if value is None:
+        return NONE
+    value *= scale
     # The alternate form keeps zeros at the end, so that a column has one precision.
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".removesuffix(".")
 
 
-def milliseconds(seconds: float | None) -> str:
-    return NONE if seconds is None else significant(1e3 * seconds)
+def milliseconds(seconds: float) -> str:
+    return significant(seconds, 1e3)
 
 
 def factor(value: float) -> str:
-    """A ratio in as many digits as it takes to see on which side of 1 it is."""
+    """Return a ratio in as many digits as it takes to see on which side of 1 it is."""
     if 0.9 < value < 1.1:
         return f"{value:.3f}" if f"{value:.2f}" == "1.00" else f"{value:.2f}"
-    return significant(value, 2)
+    return significant(value, digits=2)
 
 
 def ratio_cell(ratio: Ratio | None, otherwise: str = NONE) -> str | Cell:
@@ -33,10 +35,6 @@ def ratio_cell(ratio: Ratio | None, otherwise: str = NONE) -> str | Cell:
     if ratio.verdict == "tie":
         return Cell(f"tie {spread}", "tie")
     return Cell(f"× {factor(ratio.median)} {spread}{' slower' if ratio.verdict == 'slower' else ''}", ratio.verdict)
-
-
-def scaled(value: Any, scale: float) -> str:
-    return significant(value * scale) if is_number(value) else NONE
 
 
 def percent(share: float | None) -> str:

@@ -1,106 +1,98 @@
-"""What was measured, row by row: ratios, the machine's limits, and growth along a parameter."""
+"""Every number, row by row: ratios, memory and bandwidth, CUDA graphs, and growth along a parameter."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
-from bench.report.data import OURS, Row, bytes_per_second, groups, in_order, is_number, rivals_of, share_of_copy
-from bench.report.formatting import NONE, cache_state, milliseconds, percent, ratio_cell, scaled
-from bench.report.plots import ratio_plot, roofline_plot, split, sweep_plot
+from bench.report.data import OURS, Row, by_op, in_order, rivals_of
+from bench.report.formatting import NONE, cache_state, milliseconds, percent, ratio_cell, significant
 from bench.report.render import Block, Bullets, Cell, Figure, Heading, Paragraph, Table
-from bench.report.sweeps import TOO_MUCH, Sweep
+from bench.report.sweeps import TOO_MUCH, Sweep, doublings, fitted_slope
+
+MOST = 30  # rows that fit in a figure
 
 
-def comparison(rows: Sequence[Row]) -> Table:
+def figure(caption: str, plot: str, *arguments: Any) -> Figure:
+    """Return a figure of plots.py, which is imported when it is drawn: not every machine has matplotlib."""
+    return Figure(caption, lambda: getattr(import_module("bench.report.plots"), plot)(*arguments))
+
+
+def figures(rows: Sequence[Row], caption: str, plot: str, *arguments: Any) -> Iterator[Figure]:
+    for first in range(0, len(rows), MOST):
+        yield figure(caption, plot, rows[first : first + MOST], *arguments)
+
+
+def comparison(title: str, rows: Sequence[Row]) -> Iterator[Block]:
     rivals = rivals_of(rows)
     cells = [
         (*row.parts, cache_state(row.info), milliseconds(row.seconds[OURS]),
          *(ratio_cell(row.ratios.get(rival), row.not_timed.get(rival, NONE)) for rival in rivals))
         for row in rows
     ]  # fmt: skip
-    return Table(("function", "shape", "dtype", "variant", "mode", "cache", "ours, ms", *rivals), cells, words=6)
+    yield Table(("function", "shape", "dtype", "variant", "mode", "cache", "ours, ms", *rivals), cells, words=6)
+    caption = f"{title}: time of each rival over ours, median and spread. Right of 1 kdkernels is faster."
+    yield from figures([row for row in rows if row.ratios], caption, "ratio_plot")
 
 
-def operators(rows: Sequence[Row]) -> Iterator[Block]:
+def ops(rows: Sequence[Row]) -> Iterator[Block]:
     if rows:
         yield Heading(2, "Ops")
-        yield Paragraph("Our median, and of every rival how many times as long it takes, with the spread of the ratio.")
-    for op, group in groups(rows).items():
+        yield Paragraph("Our median time, and how many times as long each rival takes, with the spread of that ratio.")
+    for op, group in by_op(rows).items():
         yield Heading(3, op)
-        yield comparison(group)
-        yield from ratio_figures(op, group)
-
-
-def ratio_figures(title: str, rows: Sequence[Row]) -> Iterator[Block]:
-    for part, caption in split([row for row in rows if row.ratios], title):
-        yield Figure(f"{caption}: the time of each rival over ours, median and spread. Right of 1 kdkernels is faster.",
-                     partial(ratio_plot, part))  # fmt: skip
+        yield from comparison(op, group)
 
 
 def routines(rows: Sequence[Row]) -> Iterator[Block]:
     if rows:
         yield Heading(2, "Routines, end to end")
-        yield comparison(rows)
-        yield from ratio_figures("Routines", rows)
+        yield from comparison("Routines", rows)
 
 
-def roofline(rows: Sequence[Row], measured: Mapping[str, Any]) -> Iterator[Block]:
-    columns = ("bytes", "flops", "peak_bytes", "compile_seconds", "launches")
-    rows = [row for row in rows if any(row.info.get(column) for column in columns)]
-    if not rows:
-        return
-    yield Heading(2, "Memory, arithmetic and the machine's limits")
-    yield Paragraph(
-        "Bytes are those of the passes that the documentation of the op states, not counted by the machine. The share "
-        "is of the measured bandwidth of a copy; it can exceed 100 % where data is in a cache, or mostly read. Peak "
-        "memory is that beyond the inputs."
-    )
-    copy = measured.get("copy_bytes_per_second")
-    moving = [row for row in rows if bytes_per_second(row)]
-    per_op = groups(moving).items() if len(moving) > 30 else [("All rows", moving)] if moving else []
-    for op, group in per_op:
-        for part, caption in split(group, op):
-            speeds = [(row, bytes_per_second(row) or 0.0) for row in part]
-            yield Figure(f"{caption}: achieved bytes per second against the copy bandwidth.",
-                         partial(roofline_plot, speeds, copy if is_number(copy) else None))  # fmt: skip
-    yield _roofline_table(rows, measured)
-
-
-def _roofline_table(rows: Sequence[Row], measured: Mapping[str, Any]) -> Table:
-    def of_contenders(key: str, head: str, text: Callable[[Any], str]) -> list[tuple[str, list[str]]]:
-        names = in_order(name for row in rows for name in row.info.get(key) or {})
-        found = {name: [(row.info.get(key) or {}).get(name) for row in rows] for name in names}
-        return [(f"{head} {name}", [text(value) for value in values]) for name, values in found.items()]
-
-    def over(numerator: Any, denominator: Any) -> float | None:
-        return numerator / denominator if is_number(numerator) and is_number(denominator) and denominator else None
-
-    peak = measured.get("flops_per_second")
-    per_second = [over(row.info.get("flops"), row.seconds[OURS]) for row in rows]
-    columns = [
+def roofline(rows: Sequence[Row], copy: float | None) -> Iterator[Block]:
+    columns: list[tuple[str, list[str]]] = [
         ("row", [row.label for row in rows]),
         ("cache", [cache_state(row.info) for row in rows]),
-        ("passes", [_count(row.info.get("passes")) for row in rows]),
-        ("MB", [scaled(row.info.get("bytes"), 1e-6) for row in rows]),
-        ("GB/s", [scaled(bytes_per_second(row), 1e-9) for row in rows]),
-        ("of copy", [percent(share_of_copy(row, measured)) for row in rows]),
-        ("GFLOP/s", [scaled(value, 1e-9) for value in per_second]),
-        ("of fp32 peak", [percent(over(value, peak)) for value in per_second]),
-        *of_contenders("peak_bytes", "peak MB,", lambda value: scaled(value, 1e-6)),
-        *of_contenders("compile_seconds", "seconds to compile,", lambda value: scaled(value, 1.0)),
-        *of_contenders("launches", "launches,", _count),
+        ("passes", [NONE if row.info.get("passes") is None else f"{row.info['passes']:g}" for row in rows]),
+        ("MB", [significant(row.info.get("bytes"), 1e-6) for row in rows]),
+        ("GB/s", [significant(row.bytes_per_second, 1e-9) for row in rows]),
+        ("of copy", [percent(row.share_of(copy)) for row in rows]),
+        *_of_contenders(rows, "peak_bytes", "peak MB,", 1e-6),
+        *_of_contenders(rows, "compile_seconds", "seconds to compile,", 1.0),
     ]
     columns = [(head, cells) for head, cells in columns if any(cell != NONE for cell in cells)]
-    words = 1 + any(head == "cache" for head, _ in columns)
-    return Table([head for head, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)), words)
+    if len(columns) < 2:
+        return
+    yield Heading(2, "Memory and bandwidth")
+    yield Paragraph(
+        "Bytes are those of the passes over memory that the documentation of the op states; they are not measured. The "
+        "share is of the measured bandwidth of a copy. It can exceed 100 % where data is in a cache or mostly read. "
+        "Peak memory is that beyond the inputs."
+    )
+    for op, group in by_op(row for row in rows if copy and row.bytes_per_second).items():
+        yield from figures(group, f"{op}: achieved bytes per second, and those of a copy.", "roofline_plot", copy)
+    yield Table([head for head, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
 
 
-def _count(value: Any) -> str:
-    return f"{value:g}" if is_number(value) else NONE
+def _of_contenders(rows: Sequence[Row], key: str, head: str, scale: float) -> Iterator[tuple[str, list[str]]]:
+    for name in in_order(name for row in rows for name in row.info.get(key) or {}):
+        yield f"{head} {name}", [significant((row.info.get(key) or {}).get(name), scale) for row in rows]
 
 
-def growth(sweeps: Iterable[Sweep]) -> Iterator[Block]:
-    sweeps = [sweep for sweep in sweeps if not sweep.failed]
+def graphs(rows: Sequence[Row]) -> Iterator[Block]:
+    heads = ("microseconds", "launches_forward", "launches_backward", "why_not")
+    cells = [
+        (row.label, contender, *(str(graph.get(head, NONE)) for head in heads))
+        for row in rows
+        for contender, graph in (row.info.get("graph") or {}).items()
+    ]
+    if cells:
+        yield Heading(2, "Under a CUDA graph")
+        yield Paragraph("A forward and a backward, captured together many times, and the launches of each.")
+        yield Table(("row", "contender", *(head.replace("_", " ") for head in heads)), cells, words=2)
+
+
+def growth(sweeps: Sequence[Sweep]) -> Iterator[Block]:
     if not sweeps:
         return
     yield Heading(2, "Sweeps")
@@ -111,11 +103,11 @@ def growth(sweeps: Iterable[Sweep]) -> Iterator[Block]:
         f"{TOO_MUCH} is flagged."
     )
     flags = [
-        f"{sweep.name}, {contender}: {step.low:g} to {step.high:g} costs × {step.factor:.2f} per doubling"
+        f"{sweep.name}, {contender}: the step to {value:g} costs × {cost:.2f} per doubling"
         for sweep in sweeps
         for contender in sweep.contenders
-        for step in sweep.steps(contender)
-        if step.flagged
+        for value, cost in doublings(sweep.seconds(contender)).items()
+        if cost > TOO_MUCH
     ]
     yield Paragraph("Flagged:" if flags else f"No doubling costs more than {TOO_MUCH}.")
     if flags:
@@ -123,36 +115,22 @@ def growth(sweeps: Iterable[Sweep]) -> Iterator[Block]:
     for sweep in sweeps:
         yield Heading(3, sweep.name)
         yield _points(sweep)
-        yield _slopes(sweep)
-        if sweep.info.get("cold") is False:
-            yield Paragraph("Inputs may come from caches.")
-        if sweep.not_timed:
-            yield Paragraph("Not timed: " + "; ".join(f"{rival}: {why}" for rival, why in sweep.not_timed.items()))
-        if any(value > 0 for value in sweep.values):
-            yield Figure(f"{sweep.name}: median time against {sweep.axis}, dashed where the slope is fitted.",
-                         partial(sweep_plot, sweep))  # fmt: skip
+        slopes = {name: fitted_slope(sweep.seconds(name)) for name in sweep.contenders}
+        text = ", ".join(f"{name} {NONE if slope is None else f'{slope:.2f}'}" for name, slope in slopes.items())
+        warm = " Inputs may come from caches." if sweep.info.get("cold") is False else ""
+        yield Paragraph(f"Slopes: {text}; expected {sweep.info['expected_slope']:g}.{warm}")
+        yield figure(f"{sweep.name}: median time against {sweep.axis}.", "sweep_plot", sweep)
 
 
 def _points(sweep: Sweep) -> Table:
-    rivals = in_order(sweep.ratios)
-    rows = [
-        (f"{value:g}", milliseconds(sweep.seconds[OURS][value]),
-         *(ratio_cell(sweep.ratios[rival].get(value)) for rival in rivals))
-        for value in sweep.values
-    ]  # fmt: skip
-    return Table((sweep.axis, "ours, ms", *rivals), rows, words=0)
-
-
-def _slopes(sweep: Sweep) -> Table:
-    pairs = sorted({(step.low, step.high) for contender in sweep.contenders for step in sweep.steps(contender)})
-    expected = NONE if sweep.expected_slope is None else f"{sweep.expected_slope:g}"
+    costs = {name: doublings(sweep.seconds(name)) for name in sweep.contenders}
+    rivals = [name for name in sweep.contenders if name != OURS]
     rows = []
-    for contender in sweep.contenders:
-        slope = sweep.slope(contender)
-        costs = {(step.low, step.high): step for step in sweep.steps(contender)}
-        cells = [
-            NONE if step is None else Cell(f"{step.factor:.2f} (!)", "slower") if step.flagged else f"{step.factor:.2f}"
-            for step in map(costs.get, pairs)
-        ]
-        rows.append((contender, NONE if slope is None else f"{slope:.2f}", expected, *cells))
-    return Table(("contender", "slope", "expected slope", *(f"{low:g} → {high:g}" for low, high in pairs)), rows)
+    for value, (seconds, ratios) in sweep.points.items():
+        cells: list[str | Cell] = [f"{value:g}", milliseconds(seconds[OURS]), *(ratio_cell(ratios[r]) for r in rivals)]
+        for cost in (costs[name].get(value) for name in sweep.contenders):
+            flagged = cost is not None and cost > TOO_MUCH
+            cells.append(Cell(f"{cost:.2f} (!)", "slower") if flagged else NONE if cost is None else f"{cost:.2f}")
+        rows.append(cells)
+    doubled = (f"doubling, {name}" for name in sweep.contenders)
+    return Table((sweep.axis, "ours, ms", *rivals, *doubled), rows, words=0)

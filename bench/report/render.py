@@ -15,6 +15,7 @@ class Heading:
 @dataclass(frozen=True)
 class Paragraph:
     text: str
+    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,13 @@ class Bullets:
 
 
 @dataclass(frozen=True)
+class Code:
+    text: str
+
+
+@dataclass(frozen=True)
 class Cell:
-    """A cell whose look says more than its text: "faster", "slower", "tie" or "failed"."""
+    """A cell with a look: "faster", "slower", "tie" or "failed"."""
 
     text: str
     look: str
@@ -34,18 +40,18 @@ class Cell:
 class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
-    words: int = 1  # so many columns hold words and begin at the left; the others hold numbers
+    words: int = 1  # leading columns that hold words, aligned to the left; the others hold numbers
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot, drawn when it is asked for: the Markdown has none."""
+    """A plot, drawn as SVG when the page asks for it; the Markdown has none."""
 
     caption: str
     draw: Callable[[], str] = field(repr=False)
 
 
-Block = Heading | Paragraph | Bullets | Table | Figure
+Block = Heading | Paragraph | Bullets | Code | Table | Figure
 
 
 def escape_markdown(text: str) -> str:
@@ -65,12 +71,14 @@ def markdown(blocks: Iterable[Block]) -> str:
     lines: list[str] = []
     for block in blocks:
         match block:
-            case Heading():
-                lines += ["#" * block.level + " " + escape_markdown(block.text), ""]
-            case Paragraph():
-                lines += [escape_markdown(block.text), ""]
-            case Bullets():
-                lines += [*(f"- {escape_markdown(item)}" for item in block.items), ""]
+            case Heading(level, text):
+                lines += ["#" * level + " " + escape_markdown(text), ""]
+            case Paragraph(text, strong):
+                lines += [f"**{escape_markdown(text)}**" if strong else escape_markdown(text), ""]
+            case Bullets(items):
+                lines += [*(f"- {escape_markdown(item)}" for item in items), ""]
+            case Code(text):
+                lines += ["```", text.replace("```", "'''"), "```", ""]
             case Table():
                 lines += [*markdown_table(block), ""]
     return "\n".join(lines)
@@ -84,93 +92,86 @@ h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .7rem }
 h2 { border-bottom: 1px solid #ccc; padding-bottom: .3rem }
 p, ul { max-width: 50rem }
 nav ul { columns: 16rem; padding-left: 1.2rem }
-.scroll { overflow-x: auto; margin: .8rem 0 }
+.scroll, pre { overflow-x: auto; margin: .8rem 0 }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { border: 1px solid #ddd; padding: .25rem .5rem; text-align: right; white-space: nowrap; vertical-align: top }
 th { background: #f3f3f3 }
-th.words, td.words { text-align: left }
-td.wide { white-space: normal; min-width: 18rem }
-td.slower, td.failed { background: #fbe3d6 }
-td.tie { background: #fdf6d8 }
+.words { text-align: left }
+.wide { white-space: normal; min-width: 18rem }
+.slower, .failed { background: #fbe3d6 }
+.tie { background: #fdf6d8 }
 figure { margin: 1rem 0 }
-figcaption { font-size: .9rem; max-width: 50rem }
 svg { display: block; height: auto; max-width: 100%; min-width: 42rem }
 """.strip()
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{style}
+</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
 
 
-def page(title: str, blocks: Sequence[Block]) -> str:
-    chapters = [block for block in blocks if isinstance(block, Heading) and block.level == 2]
-    links = "".join(f'<li><a href="#{anchor(c.text)}">{html.escape(c.text)}</a></li>\n' for c in chapters)
-    body = list(_body(blocks, f"<nav>\n<ul>\n{links}</ul>\n</nav>" if chapters else ""))
-    return "\n".join(
-        (
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title>",
-            f"<style>\n{STYLE}\n</style>",
-            "</head>",
-            "<body>",
-            "<main>",
-            *body,
-            "</main>",
-            "</body>",
-            "</html>",
-            "",
-        )
-    )
+def page(blocks: Sequence[Block]) -> str:
+    chapters = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
+    links = "".join(f'<li><a href="#{anchor(text)}">{html.escape(text)}</a></li>\n' for text in chapters)
+    title, *body = (_element(block, f"figure{number}") for number, block in enumerate(blocks))
+    parts = [title, f"<nav>\n<ul>\n{links}</ul>\n</nav>", *body]
+    return PAGE.format(title=re.sub("<.*?>", "", title), style=STYLE, body="\n".join(parts))
 
 
 def anchor(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _body(blocks: Iterable[Block], contents: str) -> Iterator[str]:
-    figures = 0
-    for block in blocks:
-        match block:
-            case Heading(level, text):
-                target = f' id="{anchor(text)}"' if level == 2 else ""
-                yield f"<h{level}{target}>{html.escape(text)}</h{level}>"
-                if level == 1:
-                    yield contents
-            case Paragraph(text):
-                yield f"<p>{html.escape(text)}</p>"
-            case Bullets(items):
-                yield "<ul>\n" + "\n".join(f"<li>{html.escape(item)}</li>" for item in items) + "\n</ul>"
-            case Table():
-                yield _table(block)
-            case Figure(caption, draw):
-                figures += 1
-                svg = inline(draw(), f"figure{figures}", caption)
-                yield f'<figure>\n<figcaption>{html.escape(caption)}</figcaption>\n<div class="scroll">{svg}</div>\n'
-                yield "</figure>"
+def _element(block: Block, name: str) -> str:
+    match block:
+        case Heading(level, text):
+            target = f' id="{anchor(text)}"' * (level == 2)
+            return f"<h{level}{target}>{html.escape(text)}</h{level}>"
+        case Paragraph(text, strong):
+            return f"<p>{'<strong>' * strong}{html.escape(text)}{'</strong>' * strong}</p>"
+        case Bullets(items):
+            return "<ul>\n" + "\n".join(f"<li>{html.escape(item)}</li>" for item in items) + "\n</ul>"
+        case Code(text):
+            return f"<pre>{html.escape(text)}</pre>"
+        case Table():
+            return _table(block)
+        case Figure(caption, draw):
+            svg = inline(draw(), name, caption)
+            return (
+                f'<figure>\n<figcaption>{html.escape(caption)}</figcaption>\n<div class="scroll">{svg}</div>\n</figure>'
+            )
 
 
 def _table(table: Table) -> str:
-    def cells(tag: str, row: Sequence[str | Cell]) -> Iterator[str]:
+    def line(tag: str, row: Sequence[str | Cell]) -> str:
+        cells = []
         for column, cell in enumerate(row):
             text, look = (cell.text, cell.look) if isinstance(cell, Cell) else (cell, "")
-            words = "words" if column < table.words else ""
-            wide = "wide" if len(text) > 60 else ""
-            names = " ".join(name for name in (words, wide, look) if name)
-            style = f' class="{names}"' if names else ""
-            yield f"<{tag}{style}>{html.escape(text)}</{tag}>"
+            names = filter(None, ("words" * (column < table.words), "wide" * (len(text) > 60), look))
+            cells.append(f'<{tag} class="{" ".join(names)}">{html.escape(text)}</{tag}>'.replace(' class=""', ""))
+        return f"<tr>{''.join(cells)}</tr>"
 
-    head = "".join(cells("th", table.head))
-    rows = "\n".join(f"<tr>{''.join(cells('td', row))}</tr>" for row in table.rows)
-    return f'<div class="scroll">\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>'
+    rows = "\n".join(line("td", row) for row in table.rows)
+    head = line("th", table.head)
+    return f'<div class="scroll">\n<table>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>'
 
 
 def inline(svg: str, prefix: str, label: str) -> str:
-    """Return an SVG file as an element: small, and with names that no other one on the page has."""
+    """Return an SVG file as an element: small, and with ids that no other element of the page has."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r'="[^"]*\d\.\d{3,}[^"]*"', lambda value: re.sub(r"(\.\d\d)\d+", r"\1", value[0]), svg)
-    svg = re.sub(r"\s*\n\s*", "\n", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).strip()

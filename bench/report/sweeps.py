@@ -1,141 +1,58 @@
-"""How time grows with a parameter: slopes on a log-log scale, and what each doubling costs."""
+"""How time grows with a parameter: slopes on a log-log scale, and the cost of each doubling."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from bench.report.data import OURS, benchmark_name, compare, in_order, is_number, is_sweep, usable
-from kdkernels.testing.timing import Ratio
+from bench.report.data import Benchmark, Ratio, compare, in_order, is_sweep
 
 TOO_MUCH = 2.2
 
 
-@dataclass(frozen=True)
-class Step:
-    """From one value of the parameter to the next; factor is what doubling it costs at that rate."""
+class Sweep(Benchmark):
+    """Times along a parameter; the rounds are by contender and value."""
 
-    low: float
-    high: float
-    factor: float
-
-    @property
-    def flagged(self) -> bool:
-        return self.factor > TOO_MUCH
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Times along a parameter.
-
-    Attributes:
-        seconds: medians by contender and value.
-        ratios: by rival and value.
-        not_timed: why a contender is missing.
-        failed: why there are no times at all, or nothing.
-
-    """
-
-    name: str
-    info: Mapping[str, Any]
-    values: Sequence[float]
-    seconds: Mapping[str, Mapping[float, float]]
-    ratios: Mapping[str, Mapping[float, Ratio]]
-    not_timed: Mapping[str, str]
-    failed: str = ""
-
-    @property
-    def parameter(self) -> str:
-        return str(self.info.get("parameter") or "value")
+    @cached_property
+    def points(self) -> dict[float, tuple[dict[str, float], dict[str, Ratio]]]:
+        """Medians and ratios by value."""
+        rounds = {} if self.failed else self.info["rounds"]
+        values = sorted({value for times in rounds.values() for value in times}, key=float)
+        return {float(value): compare({name: times[value] for name, times in rounds.items()}) for value in values}
 
     @property
     def axis(self) -> str:
-        unit = self.info.get("unit")
-        return f"{self.parameter} ({unit})" if unit else self.parameter
+        names = dict.fromkeys((self.info["parameter"], self.info["unit"]))
+        return " in ".join(names)
 
     @property
     def contenders(self) -> list[str]:
-        return in_order(self.seconds)
+        return in_order(name for medians, _ in self.points.values() for name in medians)
 
-    @property
-    def expected_slope(self) -> float | None:
-        slope = self.info.get("expected_slope")
-        return float(slope) if is_number(slope) else None
-
-    def steps(self, contender: str) -> list[Step]:
-        return doublings(self.seconds[contender])
-
-    def slope(self, contender: str) -> float | None:
-        return fitted_slope(self.seconds[contender])
-
-
-def upper_half(values: Sequence[float]) -> list[float]:
-    """Return the values that a slope is fitted to, at least two: small inputs show overhead, not growth."""
-    positive = sorted(value for value in values if value > 0)
-    return positive[-max(2, math.ceil(len(positive) / 2)) :]
+    def seconds(self, contender: str) -> dict[float, float]:
+        return {value: medians[contender] for value, (medians, _) in self.points.items()}
 
 
 def fitted_slope(seconds: Mapping[float, float]) -> float | None:
-    """Return the exponent of the power law that fits the upper half best, by least squares of logarithms."""
-    values = upper_half(list(seconds))
+    """Return the exponent of the power law that fits the upper half of the values best, by least squares of logarithms.
+
+    Small inputs show overhead, not growth.
+    """
+    values = sorted(seconds)[-max(2, math.ceil(len(seconds) / 2)) :]
     if len(values) < 2:
         return None
-    x = [math.log(value) for value in values]
-    y = [math.log(seconds[value]) for value in values]
+    x, y = [math.log(value) for value in values], [math.log(seconds[value]) for value in values]
     mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
     covariance = math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return covariance / math.fsum((a - mean_x) ** 2 for a in x)
 
 
-def doublings(seconds: Mapping[float, float]) -> list[Step]:
-    """Return the cost of each step, as that of a doubling: a step by another factor is brought to one."""
-    values = sorted(value for value in seconds if value > 0)
-    steps = []
-    for low, high in pairwise(values):
-        factor = (seconds[high] / seconds[low]) ** (1 / math.log2(high / low))
-        steps.append(Step(low, high, factor))
-    return steps
+def doublings(seconds: Mapping[float, float]) -> dict[float, float]:
+    """Return, by value, the cost of the step to it, converted to that of a doubling."""
+    pairs = pairwise(sorted(seconds))
+    return {high: (seconds[high] / seconds[low]) ** (1 / math.log2(high / low)) for low, high in pairs}
 
 
 def sweeps_of(report: Mapping[str, Any]) -> list[Sweep]:
-    return [_sweep(benchmark) for benchmark in report["benchmarks"] if is_sweep(benchmark["extra_info"])]
-
-
-def _sweep(benchmark: Mapping[str, Any]) -> Sweep:
-    info = benchmark["extra_info"]
-    name = str(info.get("sweep") or benchmark_name(benchmark))
-    not_timed = dict(info.get("not_timed") or {})
-    failed = str(info.get("failed") or not_timed.pop(OURS, ""))
-    rounds = {contender: _by_value(times) for contender, times in (info.get("rounds") or {}).items()}
-    if not failed and not rounds.get(OURS):
-        failed = "no times of kdkernels were recorded"
-    if failed:
-        return Sweep(name, info, [], {}, {}, {}, failed)
-    # The rounds say which values were reached; the list of values may be of the whole plan.
-    values = sorted(rounds[OURS])
-    seconds: dict[str, dict[float, float]] = {}
-    ratios: dict[str, dict[float, Ratio]] = {}
-    for value in values:
-        here = {contender: times[value] for contender, times in rounds.items() if value in times}
-        medians, compared, reasons = compare(here)
-        for contender, taken in medians.items():
-            seconds.setdefault(contender, {})[value] = taken
-        for rival, ratio in compared.items():
-            ratios.setdefault(rival, {})[value] = ratio
-        for rival, reason in reasons.items():
-            not_timed.setdefault(rival, reason)
-    return Sweep(name, info, values, seconds, ratios, not_timed)
-
-
-def _by_value(times: Any) -> dict[float, list[float]]:
-    """Keys of JSON are strings; what is no number, or has no times, is left out."""
-    found = {}
-    for key, taken in times.items() if isinstance(times, Mapping) else ():
-        try:
-            value = float(key)
-        except ValueError:
-            continue
-        if usable(taken) and math.isfinite(value):
-            found[value] = taken
-    return found
+    return [Sweep(one["extra_info"]["sweep"], one["extra_info"]) for one in report["benchmarks"] if is_sweep(one)]

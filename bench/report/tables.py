@@ -1,160 +1,145 @@
-"""The contents of the report: what was measured and how, where we lose, and everything else in tables."""
+"""The contents of the report: what was measured and how, where we lose, goals, failures, and then every number."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any
 
-from bench.report.data import OURS, Goal, Row, goals_of, in_order, is_number, rivals_of, rows_of, timed
+from bench.report import measured, qualification
+from bench.report.data import OURS, Goal, Ratio, Row, goals_of, in_order, rivals_of, rows_of, timed
 from bench.report.formatting import NONE, factor, milliseconds, ratio_cell, significant
-from bench.report.measured import growth, operators, roofline, routines
 from bench.report.render import Block, Cell, Heading, Paragraph, Table
 from bench.report.sweeps import Sweep, sweeps_of
-from kdkernels.testing.timing import Ratio
 
 METHOD = (
-    "In every round each contender is called once, in turn, so that a machine's moods hit all of them alike. "
-    "Before every call the gradients are set to None. Each timed call follows another of the same that does not count; "
-    "its inputs are others than those of the calls before and come from memory (cold), except where marked warm. "
-    "A contender is timed only after its results agreed with the truth; one that did not is listed without a speed. "
-    "Times are medians of the rounds. "
-    "A ratio is the median, over the rounds, of a rival's time divided by ours in the same round, its spread is that "
-    "from the 10th to the 90th percentile, and where the spread straddles 1 the verdict is a tie."
+    "In every round each contender is called once, in turn, so that changes of the machine's speed affect all of them. "
+    "Gradients are set to None before every call. {clock} A contender is timed only if its results agree with the "
+    "truth; otherwise it is listed without a speed. Times are medians of the rounds. A ratio is the median, over the "
+    "rounds, of a rival's time divided by ours in the same round. Its spread reaches from the 10th to the 90th "
+    "percentile; where it straddles 1, the verdict is a tie."
 )
-LABELS = {"memory_bytes": "memory", "torch": "PyTorch", "instruction_set": "instruction set", "triton": "Triton"}
+HOST_CLOCK = (
+    "Each timed call follows an untimed one. Its inputs differ from those of the calls before and come from memory "
+    "(cold), except where marked warm."
+)
+DEVICE_CLOCK = "Times are those of the device's work, between two events, and each call starts from a cold cache."
+LABELS = {"memory_bytes": "memory", "torch": "PyTorch", "torch_cuda": "PyTorch's CUDA", "triton": "Triton"}
 
 
 def contents(report: Mapping[str, Any]) -> list[Block]:
     rows, sweeps = rows_of(report), sweeps_of(report)
-    return [
-        Heading(1, "kdkernels: benchmark report"),
-        *environment(report["environment"], report["roofline"]),
-        *summary(rows, sweeps),
-        *losses(rows, sweeps),
-        *goals(goals_of(rows, report["roofline"])),
-        *failures(rows, sweeps),
-        *operators(timed(rows, "op")),
-        *roofline(timed(rows, "op") + timed(rows, "routine"), report["roofline"]),
-        *routines(timed(rows, "routine")),
-        *growth(sweeps),
-        *accuracy([row for row in rows if not row.failed]),
+    copy = report["roofline"].get("copy_bytes_per_second")
+    blocks: list[Block] = [
+        Heading(1, f"kdkernels: {qualification.title(report)}"),
+        *qualification.overview(report),
+        *environment(report["environment"], copy),
     ]
+    if rows or sweeps:
+        blocks += [
+            *summary(rows, sweeps),
+            *goals(goals_of(rows, copy)),
+            *failures(rows, sweeps),
+            *measured.ops(timed(rows, "op")),
+            *measured.roofline([row for row in rows if not row.failed], copy),
+            *measured.graphs(timed(rows, "op")),
+            *measured.routines(timed(rows, "routine")),
+            *measured.growth([sweep for sweep in sweeps if not sweep.failed]),
+            *accuracy([row for row in rows if not row.failed]),
+        ]
+    return [*blocks, *qualification.details(report)]
 
 
-def environment(recorded: Mapping[str, Any], measured: Mapping[str, Any]) -> Iterator[Block]:
+def environment(recorded: Mapping[str, Any], copy: float | None) -> Iterator[Block]:
     yield Heading(2, "Environment and method")
-    facts = [
-        (LABELS.get(key, key.replace("_", " ")), _fact(key, value))
-        for key, value in recorded.items()
-        if key != "rivals" and value not in (None, "", {})
-    ]
-    if is_number(measured.get("copy_bytes_per_second")):
-        speed = f"{significant(measured['copy_bytes_per_second'] / 1e9)} GB/s, reads and writes counted"
-        facts.append(("measured copy bandwidth", speed))
-    if is_number(measured.get("flops_per_second")):
-        facts.append(("measured fp32 matrix product", f"{significant(measured['flops_per_second'] / 1e9)} GFLOP/s"))
-    yield Table(("", "value"), facts, words=2) if facts else Paragraph("The environment was not recorded.")
-    rivals = recorded.get("rivals") or {}
-    if rivals:
-        yield Table(("rival", "version"), [(name, str(version)) for name, version in rivals.items()], words=2)
-    yield Paragraph(METHOD)
+    facts = [(LABELS.get(key, key.replace("_", " ")), _fact(key, value)) for key, value in recorded.items() if value]
+    if copy:
+        facts.append(("measured copy bandwidth", f"{significant(copy, 1e-9)} GB/s, reads and writes counted"))
+    yield Table(("", "value"), facts, words=2)
+    clock = HOST_CLOCK if recorded.get("device", "cpu") == "cpu" else DEVICE_CLOCK
+    yield Paragraph(METHOD.format(clock=clock))
 
 
 def _fact(key: str, value: Any) -> str:
-    if key == "memory_bytes" and is_number(value):
+    if key == "memory_bytes":
         return f"{value / 2**30:.3g} GiB"
-    if key == "caches" and isinstance(value, Mapping):
-        sizes = {name: f"{n / 2**20:.3g} MiB" if is_number(n) else str(n) for name, n in value.items()}
-        return ", ".join(f"{name} {size}" for name, size in sizes.items())
-    return str(value)
+    if key == "caches":
+        return ", ".join(f"{name} {size / 2**20:.3g} MiB" for name, size in value.items())
+    return ", ".join(f"{name} {version}" for name, version in value.items()) if key == "rivals" else str(value)
 
 
 def summary(rows: Sequence[Row], sweeps: Sequence[Sweep]) -> Iterator[Block]:
+    """Count the comparisons that were won, and list the others."""
     yield Heading(2, "Summary")
-    counts = {
-        "rows of ops": len(timed(rows, "op")),
-        "rows of routines": len(timed(rows, "routine")),
-        "sweeps": sum(not sweep.failed for sweep in sweeps),
-        "failed": sum(bool(one.failed) for one in (*rows, *sweeps)),
-    }
-    yield Paragraph(f"{', '.join(f'{name}: {count}' for name, count in counts.items())}.")
-    lines = []
-    for rival in rivals_of(rows):
-        found = [row.rivals[rival] for row in rows if rival in row.rivals]
-        missing = sum(rival in row.not_timed for row in rows)
-        if found or not any(rival in row.ratios for row in rows):
-            lines.append((rival, "rows", *_tally(found), str(missing)))
-    for rival in in_order(name for sweep in sweeps for name in sweep.ratios):
-        found = [ratio for sweep in sweeps for ratio in sweep.ratios.get(rival, {}).values()]
-        lines.append((rival, "points of sweeps", *_tally(found), NONE))
-    if lines:
-        head = ("rival", "compared on", "number", "kdkernels is faster", "ties", "kdkernels is slower", "not timed")
-        yield Table(head, lines, words=2)
-    else:
-        yield Paragraph("Nothing was compared in this run.")
+    yield Paragraph(
+        f"Rows of ops: {len(timed(rows, 'op'))}, rows of routines: {len(timed(rows, 'routine'))}, "
+        f"sweeps: {sum(not sweep.failed for sweep in sweeps)}, failed: {sum(bool(o.failed) for o in (*rows, *sweeps))}."
+    )
+    of_rows = [(row.label, name, row.seconds, ratio) for row in rows for name, ratio in row.rivals.items()]
+    of_sweeps = [
+        (f"{sweep.name}: {value:g}", rival, seconds, ratio)
+        for sweep in sweeps
+        for value, (seconds, ratios) in sweep.points.items()
+        for rival, ratio in ratios.items()
+    ]
+    missing = Counter(rival for row in rows if not row.failed for rival in row.not_timed)
+    lines = [
+        (rival, "rows", *_tally([ratio for _, name, _, ratio in of_rows if name == rival]), str(missing[rival]))
+        for rival in rivals_of(rows)
+        if any(name == rival for _, name, _, _ in of_rows) or (missing[rival] and not rival.startswith(OURS))
+    ]
+    lines += [
+        (rival, "points of sweeps", *_tally([ratio for _, name, _, ratio in of_sweeps if name == rival]), NONE)
+        for rival in in_order(name for _, name, _, _ in of_sweeps)
+    ]
+    head = ("rival", "compared on", "number", "kdkernels is faster", "ties", "kdkernels is slower", "not timed")
+    yield Table(head, lines, words=2)
+    yield Heading(2, "Where kdkernels does not win")
+    compared = of_rows + of_sweeps
+    behind = [comparison for comparison in compared if comparison[3].verdict != "faster"]
+    if not behind:
+        yield Paragraph("Nowhere in this run.")
+        return
+    yield Paragraph(f"{len(behind)} of {len(compared)} comparisons, losses first, then ties:")
+    cells = [
+        (label, rival, milliseconds(seconds[OURS]), milliseconds(seconds[rival]), ratio_cell(ratio))
+        for label, rival, seconds, ratio in sorted(behind, key=lambda one: (one[3].verdict, one[3].median))
+    ]
+    yield Table(("row", "rival", "ours, ms", "rival, ms", "rival / ours"), cells, words=2)
 
 
 def _tally(ratios: Sequence[Ratio]) -> tuple[str, ...]:
-    verdicts = [ratio.verdict for ratio in ratios]
-    return (str(len(ratios)), *(str(verdicts.count(verdict)) for verdict in ("faster", "tie", "slower")))
-
-
-def losses(rows: Sequence[Row], sweeps: Sequence[Sweep]) -> Iterator[Block]:
-    yield Heading(2, "Where kdkernels does not win")
-    compared = [
-        (row.label, rival, row.seconds[OURS], row.seconds[rival], ratio)
-        for row in rows
-        for rival, ratio in row.rivals.items()
-    ] + [
-        (f"{sweep.name}: {sweep.parameter} = {value:g}", rival, sweep.seconds[OURS][value],
-         sweep.seconds[rival][value], ratio)
-        for sweep in sweeps
-        for rival, ratios in sweep.ratios.items()
-        for value, ratio in ratios.items()
-    ]  # fmt: skip
-    behind = sorted((c for c in compared if c[4].verdict != "faster"), key=lambda c: (c[4].verdict, c[4].median))
-    if not behind:
-        yield Paragraph("Nowhere in this run." if compared else "Nothing was compared in this run.")
-        return
-    yield Paragraph(f"All {len(behind)} of {len(compared)} comparisons, losses first, then ties:")
-    cells = [(name, rival, milliseconds(ours), milliseconds(theirs), ratio_cell(r))
-             for name, rival, ours, theirs, r in behind]  # fmt: skip
-    yield Table(("row", "rival", "ours, ms", "rival, ms", "rival / ours"), cells, words=2)
+    verdicts = Counter(ratio.verdict for ratio in ratios)
+    return (str(len(ratios)), *(str(verdicts[verdict]) for verdict in ("faster", "tie", "slower")))
 
 
 def goals(judged: Sequence[Goal]) -> Iterator[Block]:
     if not judged:
         return
     yield Heading(2, "Goals")
-    known, missed = [g for g in judged if g.measured is not None], [g for g in judged if g.missed]
-    open_goals = [g for g in judged if g.measured is None]
+    counts = Counter(goal.verdict for goal in judged)
     yield Paragraph(
-        f"{len(known) - len(missed)} met, {len(missed)} missed, {len(open_goals)} not judged. "
-        "Faster than compile means: than the faster of its modes that were timed."
+        f"{counts['met']} met, {counts['missed']} missed, {counts['not judged']} not judged. "
+        "The goal of being faster than compile is judged by the faster of its modes that were timed."
     )
-    if missed:
-        cells = [
-            (g.row.label, g.name, g.note, factor(g.wanted), factor(g.measured or 0.0),
-             f"{100 * (1 - (g.measured or 0.0) / g.wanted):.1f} %")
-            for g in missed
-        ]  # fmt: skip
-        yield Table(("row", "goal", "against", "wanted", "measured", "short by"), cells, words=3)
-    if open_goals:
-        yield Paragraph("Not judged:")
-        yield Table(("row", "goal", "why"), [(g.row.label, g.name, g.note) for g in open_goals], words=3)
+    order = ("missed", "not judged", "met")
+    cells = []
+    for goal in sorted(judged, key=lambda goal: order.index(goal.verdict)):
+        text = {"missed": f"missed by {100 * goal.short_by:.1f} %", "not judged": f"not judged: {goal.note}"}
+        found = (goal.note, factor(goal.measured)) if goal.measured is not None else ("", NONE)
+        verdict = Cell(text.get(goal.verdict, "met"), {"missed": "slower", "not judged": "tie"}.get(goal.verdict, ""))
+        cells.append((goal.row.label, goal.name, found[0], verdict, factor(goal.wanted), found[1]))
+    yield Table(("row", "goal", "against", "verdict", "wanted", "measured"), cells, words=4)
 
 
 def failures(rows: Sequence[Row], sweeps: Sequence[Sweep]) -> Iterator[Block]:
     yield Heading(2, "Failures, and what was not timed")
     failed = [(one.label if isinstance(one, Row) else one.name, one.failed) for one in (*rows, *sweeps) if one.failed]
     if failed:
-        yield Paragraph("These have no speed, because a check failed or the run did not get to it:")
+        yield Paragraph("These have no speed, because a check failed or the run did not get to them:")
         yield Table(("row", "why"), [(name, Cell(why, "failed")) for name, why in failed], words=2)
     else:
         yield Paragraph("No row failed.")
-    reasons: dict[tuple[str, str], int] = {}
-    for one in (*rows, *sweeps):
-        for item in one.not_timed.items():
-            reasons[item] = reasons.get(item, 0) + 1
+    reasons = Counter(item for one in (*rows, *sweeps) if not one.failed for item in one.not_timed.items())
     if reasons:
         yield Paragraph("Rivals that were not timed:")
         cells = [(rival, why, str(count)) for (rival, why), count in sorted(reasons.items())]
@@ -162,17 +147,16 @@ def failures(rows: Sequence[Row], sweeps: Sequence[Sweep]) -> Iterator[Block]:
 
 
 def accuracy(rows: Sequence[Row]) -> Iterator[Block]:
-    rows = [row for row in rows if row.info.get("errors")]
-    if not rows:
+    worst: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        for name, error in (row.info.get("errors") or {}).items():
+            found = worst.setdefault((row.parts[0], row.parts[2]), {})
+            found[name] = max(inf if error is None else error, found.get(name, 0.0))
+    if not worst:
         return
     yield Heading(2, "Accuracy")
     yield Paragraph("The largest relative error against the truth, over all rows of a function in a dtype.")
-    names = in_order(name for row in rows for name in row.info["errors"])
-    worst: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        found = worst.setdefault((row.parts[0], row.parts[2]), {})
-        for name, error in row.info["errors"].items():
-            found[name] = max(error if is_number(error) else inf, found.get(name, 0.0))
+    names = in_order(name for found in worst.values() for name in found)
     cells = [(*key, *(_error(found.get(name)) for name in names)) for key, found in worst.items()]
     yield Table(("function", "dtype", *names), cells, words=2)
 

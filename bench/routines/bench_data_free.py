@@ -1,7 +1,7 @@
 """Benchmarks of a short round of data-free distillation on the digits: images from the teacher, a student from them.
 
-"eager" synthesizes with the published iteration and trains with the eager loss, "compile" compiles both; "reference
-backend" is our own routine on plain PyTorch, so what the kernels themselves save.
+"eager" synthesizes with the published iteration and trains with the eager loss, "compile" compiles both. "reference
+backend" is our own routine on plain PyTorch, which shows what the kernels alone save.
 """
 
 import copy
@@ -37,7 +37,7 @@ def eager_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def our_round(teacher: nn.Module, student: nn.Module) -> Tensor:
-    """Return the images; the student is trained in place."""
+    """Train the student in place, and return the images."""
     pool, _ = data_free_distill(teacher, student, IMAGE_SHAPE, NUM_CLASSES, INVERSION, CONFIG, progress=False)
     return pool.images
 
@@ -49,13 +49,7 @@ def reference_round(teacher: nn.Module, student: nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class PublishedRound:
-    """The same with the published iteration, as a user adds a student to it; the draws are ours.
-
-    Attributes:
-        inverter: on a teacher of its own, which keeps its hooks.
-        loss: of the student.
-
-    """
+    """The same with the published iteration and a student's loss, as a user would combine them; the draws are ours."""
 
     inverter: PublishedInversion
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -103,14 +97,12 @@ class Round:
 
 
 def published_round(teacher: nn.Module, compile_mode: str | None = None) -> PublishedRound:
-    inverter = PublishedInversion(
-        copy.deepcopy(teacher), INVERSION, freeze=compile_mode is not None, compile_mode=compile_mode
-    )
+    inverter = PublishedInversion(teacher, INVERSION, freeze=compile_mode is not None, compile_mode=compile_mode)
     loss: Loss = eager_divergence if compile_mode is None else torch.compile(eager_divergence, dynamic=False)
     return PublishedRound(inverter, loss)
 
 
-def test_round(race, benchmark, bench_set):
+def test_round(race):
     pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
     digits = load_digits()
     torch._dynamo.reset()
@@ -120,15 +112,14 @@ def test_round(race, benchmark, bench_set):
     exact, exact_student = copy.deepcopy(teacher).double(), copy.deepcopy(student).double()
     truth = Round(published_round(exact), exact, exact_student).results()
     rounds = {"kdkernels": our_round, "eager": published_round(teacher), "reference backend": reference_round}
-    not_timed = {"compile max-autotune": ONE_COMPILED}
     rounds["compile"] = published_round(teacher, "default")
     contenders = {}
     for name, run in rounds.items():
         one = Round(run, teacher, student)
         contenders[name] = Contender(one.call, one.prepare, one.results, compiled=name == "compile")
     check_and_race(
-        race, benchmark, contenders, truth, TOLERANCE, op="data_free", function="round of data-free distillation",
-        shape=[INVERSION.batch_size, *IMAGE_SHAPE], not_timed=not_timed,
+        race, contenders, truth, TOLERANCE, op="data_free", function="round of data-free distillation",
+        shape=[INVERSION.batch_size, *IMAGE_SHAPE], not_timed={"compile max-autotune": ONE_COMPILED},
         variant=f"digits, {INVERSION.stages[0].iterations} iterations, {CONFIG.epochs} epochs",
         goals={"faster than eager": 1.0},
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Benchmarks of an iteration of DeepInversion: loss, gradient, and the step of Adam, against the published code.
 
 "eager" is the published iteration, "eager, teacher frozen" the same without the gradients of the teacher's parameters,
-and "compile" that one under torch.compile. "network alone" is no rival but a floor: the teacher's forward and backward
-to the images, which every iteration contains.
+and "compile" that one under torch.compile. "network alone" is not a rival but a floor that every iteration contains:
+the teacher's forward, and its backward to the images.
 """
 
 import copy
@@ -30,33 +30,31 @@ class Case:
     """A network and the shape of its images.
 
     Attributes:
-        model: its name.
-        shape: of the batch.
-        preset: of the inversion.
-        full: whether only the full set has it.
-        memory: bytes that a machine must have for it.
-        rounds: at most.
+        model: Name of the network.
+        shape: Shape of the batch.
+        preset: Preset of the inversion.
+        memory: Bytes that a machine must have.
+        rounds: Largest number of rounds.
 
     """
 
     model: str
     shape: tuple[int, int, int, int]
     preset: str
-    full: bool = True
     memory: int = 0
     rounds: int = 15
 
 
-CASES = (
-    Case("ResNet-8", (32, 3, 32, 32), "nvlabs-cifar10", full=False),
+QUICK = [Case("ResNet-8", (32, 3, 32, 32), "nvlabs-cifar10")]
+FULL = [
     Case("ResNet-20", (64, 3, 32, 32), "nvlabs-cifar10", memory=8 << 30, rounds=7),
     Case("ResNet-18", (32, 3, 32, 32), "nvlabs-cifar10", memory=8 << 30, rounds=5),
     Case("ResNet-50", (8, 3, 224, 224), "nvlabs-imagenet-1", memory=16 << 30, rounds=3),
-)
+]
 
 
 class OurIteration:
-    """The body of the loop of ``DeepInversion.synthesize``, an iteration a call; use it inside :meth:`watching`."""
+    """The body of the loop of ``DeepInversion.synthesize``, one iteration a call; use it inside ``watching``."""
 
     def __init__(self, inverter: DeepInversion, images: Tensor, labels: Tensor, *, compiled: bool = False) -> None:
         self.inverter, self.config, self.labels = inverter, inverter.config, labels
@@ -108,15 +106,12 @@ def results_of(
 
 
 def stepping(config: InversionConfig, iteration: Callable[..., object]) -> Callable[[], None]:
-    """Return a step with an augmentation drawn for it, the same ones for everybody."""
+    """Return a step with an augmentation drawn for it, the same for all contenders."""
     generator = torch.Generator().manual_seed(1)
     return lambda: iteration(*draw_augmentation(config, generator))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model} {list(case.shape)}")
-def test_iteration(race, benchmark, bench_set, case):
-    if bench_set == "quick" and case.full:
-        pytest.skip("only in the full set")
+def test_iteration(race, full, case):
     if case.memory > suite.memory_bytes():
         pytest.skip(f"needs a machine with {case.memory >> 30} GB of memory")
     teacher = network_of(case)
@@ -126,9 +121,9 @@ def test_iteration(race, benchmark, bench_set, case):
     images = torch.randn(case.shape, generator=generator)
     labels = torch.randint(0, 10, case.shape[:1], generator=generator)
     example = (labels, (1, -2), True)
-    with PublishedInversion(copy.deepcopy(teacher).double(), config) as exact:
-        truth = results_of(exact.loss_terms, images.double(), *example)
-    wide = OurIteration(DeepInversion(copy.deepcopy(teacher).double(), case.shape[1:], config), images.double(), labels)
+    exact = copy.deepcopy(teacher).double()
+    truth = results_of(PublishedInversion(exact, config).loss_terms, images.double(), *example)
+    wide = OurIteration(DeepInversion(exact, case.shape[1:], config), images.double(), labels)
     with wide.watching():
         gap = relative_error(results_of(wide.loss_terms, images.double(), *example), truth)
     assert gap <= EXACT, f"ours and the published iteration differ by {gap:.1e} in fp64"
@@ -148,7 +143,7 @@ def test_iteration(race, benchmark, bench_set, case):
         )
 
     def published(freeze: bool = True, compile_mode: str | None = None) -> PublishedInversion:
-        runner = PublishedInversion(copy.deepcopy(teacher), config, freeze=freeze, compile_mode=compile_mode)
+        runner = PublishedInversion(teacher, config, freeze=freeze, compile_mode=compile_mode)
         runner.begin(images, labels)
         return runner
 
@@ -159,14 +154,14 @@ def test_iteration(race, benchmark, bench_set, case):
         enter("eager", published(freeze=False))
         enter("eager, teacher frozen", published())
         enter("compile", published(compile_mode="default"), compiled=True)
-        if bench_set == "full":
+        if full:
             enter("compile max-autotune", published(compile_mode=COMPILE["compile max-autotune"]), compiled=True)
             enter("kdkernels, compiled", compiled, compiled=True)
         else:
             not_timed = dict.fromkeys(("compile max-autotune", "kdkernels, compiled"), ONLY_IN_FULL)
         contenders[FLOOR] = Contender(network_alone(copy.deepcopy(teacher), images, labels))
         check_and_race(
-            race, benchmark, contenders, truth, TOLERANCES[case.model], rounds=case.rounds, op="deep_inversion",
+            race, contenders, truth, TOLERANCES[case.model], rounds=case.rounds, op="deep_inversion",
             function="DeepInversion iteration", shape=list(case.shape), variant=f"{case.model}, {case.preset}",
             not_timed=not_timed, goals={"faster than eager": 1.0}, floor=FLOOR,
         )  # fmt: skip

@@ -1,23 +1,22 @@
-"""One iteration of DeepInversion as its published code runs it, written anew from its formulas.
+"""One iteration of DeepInversion as its published code runs it, written from its formulas.
 
 Source: Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020, arXiv 1912.08795.
-A rival for the benchmark, so what the published code spends is spent here too: a forward hook on every BatchNorm2d with
-a copy of the activation for its variance, total variation in both norms whatever their weights, gradients of the
-teacher's parameters that nobody reads, and a wait for the loss in every iteration.
+As a rival in the benchmark it spends what the published code spends: a forward hook on every BatchNorm2d with a copy of
+the activation for its variance, total variation in both norms even where a weight is 0, unused gradients of the
+teacher's parameters, and a wait for the loss in every iteration.
 """
 
+import copy
 from collections.abc import Callable
-from math import cos, pi
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdkernels.inversion import InversionConfig
+from kdkernels.inversion.deep_inversion import learning_rate_at
 
-WARM_UP = 100
 Terms = dict[str, Tensor]
 
 
@@ -42,17 +41,14 @@ def draw_augmentation(config: InversionConfig, generator: torch.Generator | None
 
 
 class PublishedInversion:
-    """The published iteration on a teacher that it hooks; :meth:`close`, or leaving the block, gives the teacher back.
-
-    Only one at a time can hook a network.
+    """The published iteration, on a copy of the teacher that it hooks.
 
     Args:
-        teacher: a classifier with BatchNorm2d layers.
-        config: of one stage without pooling, with the l2 distance of variances, priors of the augmented images, and
-            no competition.
-        freeze: switch off the gradients of the teacher's parameters, which the published code computes in vain. One
-            line that a careful user adds, so worth a row of its own.
-        compile_mode: compile everything between the augmented images and the loss; None for eager.
+        teacher: Classifier with BatchNorm2d layers.
+        config: One stage without pooling, with the l2 distance of variances, priors of the augmented images, and no
+            competition.
+        freeze: Switch off the unused gradients of the teacher's parameters, as a careful user does with one more line.
+        compile_mode: Compile everything between the augmented images and the loss; None for eager.
 
     """
 
@@ -63,40 +59,20 @@ class PublishedInversion:
             raise ValueError(f"config.stages is {config.stages!r}; expected one, without pooling")
         if (config.mode, config.moment, config.prior_of) != ("l2", "var", "augmented"):
             raise ValueError("config.mode, moment and prior_of must be 'l2', 'var' and 'augmented', as published")
-        self.teacher = teacher
+        self.teacher = copy.deepcopy(teacher).eval()
         self.config = config
         self.iterations = config.stages[0].iterations
-        self._training = [(module, module.training) for module in teacher.modules()]
-        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in teacher.parameters()]
-        teacher.eval()
         if freeze:
-            teacher.requires_grad_(False)
-        layers = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+            self.teacher.requires_grad_(False)
+        layers = [module for module in self.teacher.modules() if isinstance(module, nn.BatchNorm2d)]
         self.layer_weights = [config.first_layer_weight] + [1.0] * (len(layers) - 1)
         self._distances: list[Any] = [None] * len(layers)
-        self._handles = [layer.register_forward_hook(self._hook_of(index)) for index, layer in enumerate(layers)]
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(self._hook_of(index))
         # The augmentation stays outside: another roll in every iteration is another graph for the compiler.
         self._terms_of = (
             self._terms if compile_mode is None else torch.compile(self._terms, mode=compile_mode, dynamic=False)
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the hooks off, and give the teacher back as it was."""
-        for handle in self._handles:
-            handle.remove()
-        for module, training in self._training:
-            module.training = training
-        for parameter, requires_grad in self._requires_grad:
-            parameter.requires_grad_(requires_grad)
-        self.teacher.zero_grad()
 
     def _hook_of(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -114,10 +90,10 @@ class PublishedInversion:
         """Return the weighted terms of the loss, and their sum ``"loss"``.
 
         Args:
-            images: [B, C, H, W].
-            labels: [B].
-            offsets: pixels that the batch is rolled down and to the right by.
-            flip: whether the batch is flipped left to right.
+            images: Shape [B, C, H, W].
+            labels: Shape [B].
+            offsets: Pixels by which the batch is rolled down and to the right.
+            flip: Whether the batch is flipped left to right.
 
         """
         augmented = torch.roll(images, offsets, (2, 3))
@@ -154,7 +130,7 @@ class PublishedInversion:
 
     def iteration(self, offsets: tuple[int, int] = (0, 0), flip: bool = False) -> float:
         """Take a step, and return the loss before it."""
-        self.optimizer.param_groups[0]["lr"] = self._learning_rate()
+        self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.config, self.done, self.iterations)
         self.optimizer.zero_grad()
         self.teacher.zero_grad()
         loss = self.loss_terms(self.images, self.labels, offsets, flip)["loss"]
@@ -164,19 +140,11 @@ class PublishedInversion:
             self._clip()
         value = loss.item()
         if value < self.best_loss:
-            # As published: the images after the step, and where the last ones are kept only a reference to them.
+            # As published: the images after the step, or only a reference to them if the last ones are kept.
             images = self.images.detach()
             self.best_loss, self.best_images = value, images.clone() if self.config.keep == "best" else images
         self.done += 1
         return value
-
-    def _learning_rate(self) -> float:
-        rate = self.config.learning_rate
-        if self.config.schedule == "constant":
-            return rate
-        if self.done < WARM_UP:
-            return rate * (self.done + 1) / WARM_UP
-        return 0.5 * rate * (1 + cos(pi * (self.done - WARM_UP) / (self.iterations - WARM_UP)))
 
     @torch.no_grad()
     def _clip(self) -> None:

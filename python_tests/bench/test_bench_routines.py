@@ -70,8 +70,8 @@ def test_published_terms_equal_ours(name, offsets, flip, dtype):
     config, teacher, (images, labels) = CONFIGS[name], teacher_of(dtype), batch_of(dtype)
     ours = DeepInversion(teacher, SHAPE[1:], config)
     expected, expected_gradient = loss_and_gradient(ours.objective, images, labels, shift=offsets, flip=flip)
-    with PublishedInversion(teacher, config) as published:
-        terms, gradient = loss_and_gradient(published.loss_terms, images, labels, offsets, flip)
+    published = PublishedInversion(teacher, config)
+    terms, gradient = loss_and_gradient(published.loss_terms, images, labels, offsets, flip)
     bound = 1e-5 if dtype == torch.float32 else 1e-12
     for term, value in expected.items():
         assert terms[term] == pytest.approx(value, rel=bound), term
@@ -88,8 +88,8 @@ def test_terms_of_two_pixels_by_hand():
     images = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
     images[0, 0] = torch.tensor([[1.0, 3.0], [2.0, 7.0]])
     config = InversionConfig(feature_weight=2.0, first_layer_weight=5.0, tv_l1=1.0, tv_l2=1.0, l2=1.0)
-    with PublishedInversion(teacher, config) as published:
-        terms = {name: term.item() for name, term in published.loss_terms(images, torch.tensor([0, 1])).items()}
+    published = PublishedInversion(teacher, config)
+    terms = {name: term.item() for name, term in published.loss_terms(images, torch.tensor([0, 1])).items()}
     # Sum 13, sum of squares 63, of 8 values
     mean, var = 13 / 8, 63 / 8 - (13 / 8) ** 2
     assert terms["features"] == pytest.approx(2 * 5 * (mean - 0.625 + var - 3.0))
@@ -104,8 +104,8 @@ def test_terms_of_two_pixels_by_hand():
 def test_roll_comes_before_the_flip_and_before_the_prior():
     teacher, images = teacher_of(torch.float64), batch_of(torch.float64)[0]
     moved = torch.roll(images, (1, 2), (2, 3)).flip(3)
-    with PublishedInversion(teacher, CONFIG) as published:
-        terms = published.loss_terms(images, torch.arange(SHAPE[0]), (1, 2), True)
+    published = PublishedInversion(teacher, CONFIG)
+    terms = published.loss_terms(images, torch.arange(SHAPE[0]), (1, 2), True)
     assert terms["tv_l2"].item() == pytest.approx(CONFIG.tv_l2 * total_variation(moved)[1].item())
     assert terms["tv_l2"].item() != pytest.approx(CONFIG.tv_l2 * total_variation(images)[1].item())
 
@@ -117,35 +117,36 @@ def test_published_synthesis_equals_ours(name):
     expected = DeepInversion(teacher, SHAPE[1:], config).synthesize(labels, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(4, *SHAPE[1:], generator=generator).double()
-    with PublishedInversion(teacher, config) as published:
-        torch.testing.assert_close(published.synthesize(images, labels, generator), expected.images)
+    published = PublishedInversion(teacher, config)
+    torch.testing.assert_close(published.synthesize(images, labels, generator), expected.images)
 
 
 def test_best_images_follow_the_step_after_the_best_loss():
     config = replace(CONFIG, keep="best", learning_rate=3.0)
     teacher, (images, labels) = teacher_of(), batch_of()
-    with PublishedInversion(teacher, config) as published:
-        published.begin(images, labels)
-        losses, after = [], []
-        for _ in range(6):
-            losses.append(published.iteration())
-            after.append(published.images.detach().clone())
-        assert published.best_loss == min(losses)
-        assert torch.equal(published.best_images, after[losses.index(min(losses))])
+    published = PublishedInversion(teacher, config)
+    published.begin(images, labels)
+    losses, after = [], []
+    for _ in range(6):
+        losses.append(published.iteration())
+        after.append(published.images.detach().clone())
+    assert published.best_loss == min(losses)
+    assert torch.equal(published.best_images, after[losses.index(min(losses))])
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_teacher_is_given_back(freeze):
+def test_teacher_is_left_alone(freeze):
     teacher = teacher_of().train()
     teacher[3].conv1.weight.requires_grad_(False)
     before = state_of(teacher)
-    with PublishedInversion(teacher, CONFIG, freeze=freeze) as published:
-        published.begin(*batch_of())
-        published.iteration((1, 1), True)
-        computes = [parameter.grad is not None for parameter in teacher.parameters() if parameter.requires_grad]
-        assert all(computes)  # the published code computes gradients of the teacher's parameters
-        assert len(computes) == (0 if freeze else len(list(teacher.parameters())) - 1)
-        assert not teacher.training
+    published = PublishedInversion(teacher, CONFIG, freeze=freeze)
+    published.begin(*batch_of())
+    published.iteration((1, 1), True)
+    parameters = list(published.teacher.parameters())
+    computes = [parameter.grad is not None for parameter in parameters if parameter.requires_grad]
+    assert all(computes)  # the published code computes gradients of the teacher's parameters
+    assert len(computes) == (0 if freeze else len(parameters) - 1)
+    assert not published.teacher.training
     assert_as_before(teacher, before)
 
 
@@ -177,7 +178,7 @@ def test_the_timed_iteration_is_that_of_the_package(keep):
     assert_as_before(teacher, before)
 
 
-def test_everybody_gets_the_same_augmentations():
+def test_all_contenders_get_the_same_augmentations():
     drawn = [[], []]
     steps = [stepping(CONFIG, lambda *augmentation, into=into: into.append(augmentation)) for into in drawn]
     for _ in range(8):
@@ -210,18 +211,11 @@ def test_rounds_of_data_free_distillation_are_equal(monkeypatch):
     assert_as_before(teacher, before)
 
 
-class Benchmark:
-    """Stands in for the fixture of pytest-benchmark."""
-
-    def __init__(self):
-        self.extra_info = {}
-
-
 def failing():
     raise RuntimeError("cannot run")
 
 
-def test_only_those_who_are_right_are_timed():
+def test_only_contenders_that_are_right_are_timed():
     truth = [torch.ones(3, dtype=torch.float64)]
     raced = {}
 
@@ -234,7 +228,7 @@ def test_only_those_who_are_right_are_timed():
         "compile": Contender(list, results=failing, compiled=True),
         "alone": Contender(list),
     }
-    check_and_race(race, Benchmark(), contenders, truth, 1e-4, function="f", not_timed={"other": "why"})
+    check_and_race(race, contenders, truth, 1e-4, function="f", not_timed={"other": "why"})
     assert raced["timed"] == ["kdkernels", "alone"]
     assert raced["errors"]["eager"] == pytest.approx(1e-3, rel=1e-3)
     assert set(raced["not_timed"]) == {"eager", "compile", "other"}
@@ -243,12 +237,10 @@ def test_only_those_who_are_right_are_timed():
     assert raced["kind"] == "routine"
 
 
-def test_nobody_is_timed_where_ours_is_wrong():
-    benchmark = Benchmark()
+def test_no_contender_is_timed_if_ours_is_wrong():
     contenders = {"kdkernels": Contender(list, results=lambda: [torch.full((3,), float("nan"))])}
     with pytest.raises(pytest.fail.Exception, match="relative error nan"):
-        check_and_race(failing, benchmark, contenders, [torch.ones(3)], 1e-4, function="f")
-    assert "relative error nan" in benchmark.extra_info["failed"]
+        check_and_race(failing, contenders, [torch.ones(3)], 1e-4, function="f")
 
 
 def test_networks_take_the_statistics_of_images():

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("bench", reason="the tests run without the source tree")
 
-from bench.report.data import load
+from bench.report.files import load
 from bench.report.readme import insert_table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,13 @@ pytest.importorskip("bench", reason="the tests run without the source tree")
 import torch
 
 from bench.gpu import benchmark as gpu_benchmark
-from bench.gpu import report as gpu_report
 from bench.gpu import run as gpu
 from bench.gpu import workloads as gpu_workloads
+from bench.gpu.part import Part
+from bench.report.data import goals_of, rows_of
+from bench.report.files import load, write_whole
+from bench.report.run import main as draw
+from kdkernels.testing.comparison import MODES, Contest
 from kdkernels.testing.timing import HostClock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +31,7 @@ def step(name, code, seconds=10.0):
     """A step whose process runs some Python; `part` is its part of the report."""
     head = (
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
-        "from bench.gpu.report import Part; part = Part(Path(os.environ['KDKERNELS_PART']))\n"
+        "from bench.gpu.part import Part; part = Part(Path(os.environ['KDKERNELS_PART']))\n"
     )
     return gpu.Step(name, seconds, (sys.executable, "-c", head + code))
 
@@ -89,69 +93,101 @@ def test_steps_share_the_time_of_the_run(tmp_path):
 
 def test_a_report_is_replaced_at_once(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
-    gpu_report.write_whole(path, "old")
+    write_whole(path, "old")
 
-    def full_disk(self, text):
+    def full_disk(self, text, **options):
         with self.open("w") as file:
             file.write(text[:1])
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        gpu_report.write_whole(path, "new")
+        write_whole(path, "new")
     assert path.read_text() == "old"
 
 
 def measured(case):
-    return gpu_benchmark.measure(case, HostClock(), "cpu", compiled={}, seconds=0.05)
+    return rows_of({"benchmarks": gpu_benchmark.measure(case, HostClock(), "cpu", compiled={}, seconds=0.05)})
 
 
 @pytest.mark.parametrize("case", list(gpu_workloads.cases(dry=True))[:7], ids=lambda case: case.name)
 def test_a_tiny_case_is_checked_and_timed(case):
-    row = measured(case)
-    assert row["errors"]["native"] <= case.workload.tolerance
-    for rival in ("native", "eager"):
-        assert all(row["seconds"][rival][mode] > 0 for mode in gpu_report.MODES)
-    assert row["not_timed"]["compile"] == "left out"
-    assert row["bytes_per_second"]["full"] > 0
+    rows = measured(case)
+    assert [row.info["mode"] for row in rows] == list(MODES)
+    for row in rows:
+        assert row.info["errors"]["kdkernels"] <= case.workload.tolerance
+        assert row.seconds["kdkernels"] > 0
+        assert row.ratios["eager"].median > 0
+        assert row.not_timed["compile"] == "left out"
+    assert rows[-1].bytes_per_second > 0
+    assert rows[-1].info["peak_bytes"]["kdkernels"] > 0
+    assert [row.info["goals"] for row in rows] == [{}, {}, case.goals]
 
 
 def test_nothing_is_timed_where_our_result_is_wrong():
     case = gpu_workloads.case("kl_div_with_logits", (8, 37), FP32)
     right = case.workload
-    row = measured(replace(case, workload=replace(right, ours=lambda s, t: 1.01 * right.ours(s, t))))
-    assert row["seconds"] == {}
-    assert row["not_timed"]["native"].startswith("wrong: relative error 1.0e-02")
-    verdicts = gpu_report.judge(row, case.goals, 1e9)
-    assert all(v["verdict"].startswith("not judged: ") for v in verdicts)
+    (row,) = measured(replace(case, workload=replace(right, ours=lambda s, t: 1.01 * right.ours(s, t))))
+    assert row.seconds == {}
+    assert row.failed.startswith("wrong: relative error 1.0e-02")
+    judged = goals_of([row], 1e9)
+    assert len(judged) == len(case.goals) > 0
+    assert all(goal.verdict == "not judged" and goal.note == row.failed for goal in judged)
 
 
 def test_a_rival_that_is_wrong_or_missing_is_no_win():
     case = gpu_workloads.case("kl_div_with_logits", (8, 37), FP32)
     rivals = {"liger": lambda s, t: 2 * case.workload.eager(s, t)}
-    row = measured(replace(case, rivals=rivals, missing={"other": "not installed"}))
-    assert row["not_timed"]["liger"].startswith("wrong")
-    assert row["not_timed"]["other"] == "not installed"
-    verdicts = {v["name"]: v["verdict"] for v in gpu_report.judge(row, {"faster than liger": 1.0}, None)}
-    assert verdicts["faster than liger"].startswith("not judged: wrong")
+    case = replace(case, rivals=rivals, missing={"other": "not installed"}, goals={"faster than liger": 1.0})
+    row = measured(case)[-1]
+    assert row.not_timed["liger"].startswith("wrong")
+    assert row.not_timed["other"] == "not installed"
+    (goal,) = goals_of([row], None)
+    assert goal.verdict == "not judged"
+    assert goal.note.startswith("wrong")
 
 
 def test_goals_are_met_or_missed():
-    row = {
-        "seconds": {"native": {"full": 1.0}, "eager": {"full": 5.0}, "compile": {"full": 1.1}},
-        "bytes_per_second": {"full": 90.0}, "not_timed": {},
-        "graph": {"native": {"microseconds": 12.5, "launches_forward": 2, "launches_backward": 3}},
-    }  # fmt: skip
-    goals = {**gpu_workloads.FASTER, **gpu_workloads.SHARE, **gpu_workloads.SMALL}
-    verdicts = {v["name"]: v["verdict"] for v in gpu_report.judge(row, goals, 100.0)}
-    assert verdicts == {
+    case = gpu_workloads.case("distillation_loss", (128, 100), FP32)
+    contest = Contest(not_timed={"liger": "not installed"})
+    info = gpu_benchmark.rows_of_case(case, contest, "cuda")["full"]["extra_info"]
+    info["rounds"] = {"kdkernels": [1.0], "eager": [5.0], "compile": [1.1]}
+    info["bytes"] = 90.0
+    info["graph"] = {"kdkernels": {"microseconds": 12.5, "launches_forward": 2, "launches_backward": 3}}
+    info["goals"] = {**gpu_workloads.FASTER, **gpu_workloads.SHARE, **gpu_workloads.SMALL}
+    rows = rows_of({"benchmarks": [{"name": case.name, "extra_info": info}]})
+    assert {goal.name: goal.verdict for goal in goals_of(rows, 100.0)} == {
         "faster than eager": "met",
-        "faster than compile": "MISSED",
+        "faster than compile": "missed",
         "share of copy bandwidth": "met",
         "graph microseconds": "met",
         "launches forward": "met",
-        "launches backward": "MISSED",
+        "launches backward": "missed",
     }
+
+
+def test_the_benchmark_is_part_of_the_report_even_if_it_is_cut(tmp_path, monkeypatch):
+    """What was measured by then, and the rest as not reached; the report can be drawn again from its JSON."""
+    monkeypatch.setattr(gpu_benchmark, "DRY", True)
+    cases = list(gpu_workloads.cases(dry=True))[2:5]
+    monkeypatch.setattr(gpu_benchmark, "cases", lambda dry: [replace(case, rivals={}) for case in cases])
+    monkeypatch.setattr(gpu_benchmark, "seconds_left", iter([60.0, 60.0, 0.0, 0.0]).__next__)
+    monkeypatch.setattr(gpu_benchmark, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(gpu_workloads.GpuCase, "compiled", {})
+    part = Part(tmp_path / "part.json")
+    assert gpu_benchmark.benchmark(part) == gpu.CUT
+    assert part.content["summary"] == "1 cases, 2 not reached; no number is a claim"
+    code = f"import shutil; shutil.copy({str(part.path)!r}, os.environ['KDKERNELS_PART']); sys.exit({gpu.CUT})"
+    report = run(tmp_path, step("benchmark", code), step("next", "part.add(runs=[])"))
+    assert report["steps"][0]["part"] == {}
+    rows = rows_of(load(tmp_path / "out/report.json"))
+    assert [row.failed for row in rows] == ["", "", "", *["not reached in the time"] * 2]
+    text = (tmp_path / "out/report.md").read_text()
+    assert "**Not passed: benchmark cut.**" in text
+    assert "| distillation_loss | 128×100 | float32 |  | full | warm |" in text
+    draw([str(tmp_path / "out/report.json"), "--output", str(tmp_path / "again")])
+    assert (tmp_path / "again/report.md").read_text() == text
 
 
 def test_results_of_tests_are_kept_one_by_one(tmp_path):
@@ -161,10 +197,10 @@ def test_results_of_tests_are_kept_one_by_one(tmp_path):
         "def test_crash():\n    os.abort()\ndef test_never():\n    pass\n"
     )
     results = tmp_path / "results.jsonl"
-    arguments = ["-q", "-c", os.devnull, "-p", "gpu_test_results", str(tmp_path)]
+    arguments = ["-q", "-c", os.devnull, "-p", "bench.gpu.results_plugin", str(tmp_path)]
     code = f"import subprocess; sys.exit(subprocess.call([sys.executable, '-m', 'pytest', *{arguments!r}]))"
     one = step("tests", code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench"), "KDKERNELS_TEST_RESULTS": str(results)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KDKERNELS_TEST_RESULTS": str(results)}
     report = gpu.run_steps([one], tmp_path / "out", tmp_path / "work", environment, dry=True)
     assert report["steps"][0]["state"] == "failed"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
