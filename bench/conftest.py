@@ -38,7 +38,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Run an op on its rows, the modes of a row in succession, since they share compilations; a routine on its cases."""
+    """Run an op on its rows, one row after another since its modes share what was compiled; a routine on its cases."""
     full = metafunc.config.getoption("--full")
     if "row" in metafunc.fixturenames:
         pairs = [(row, mode) for row in suite.rows(full) for mode in row.modes]

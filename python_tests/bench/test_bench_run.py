@@ -1,4 +1,4 @@
-"""The benchmark suite from end to end: its cheapest row, one thread, and none of the packages it compares with."""
+"""The benchmark suite from end to end: a cheap row, one thread, and none of the packages it compares with."""
 
 import json
 import os
@@ -22,24 +22,38 @@ sys.meta_path.insert(0, Missing())
 """
 
 
-def test_a_run_without_rivals_writes_a_report(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(NO_RIVALS)
-    output = tmp_path / "out"
-    command = [
-        sys.executable, "-m", "bench.run", "--threads", "1", "--only",
-        "total_variation and image_prior and 128", "--output", str(output),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+def run_of(folder, *arguments):
+    """Return the report of a run with some arguments."""
+    (folder / "sitecustomize.py").write_text(NO_RIVALS)
+    output = folder / "out"
+    command = [sys.executable, "-m", "bench.run", "--threads", "1", "--output", str(output), *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    report = json.loads((output / "report.json").read_text())
+    for name in ("report.md", "report.html", "report.json"):
+        assert (output / name).stat().st_size > 1000
+    return json.loads((output / "report.json").read_text())
+
+
+def assert_complete(report, contenders, moved):
     assert report["environment"]["threads"] == 1
     assert report["roofline"]["copy_bytes_per_second"] > 0
     (row,) = report["benchmarks"]
     info = row["extra_info"]
-    assert {"kdkernels", "eager", "compile", "compile max-autotune"} == set(info["rounds"])
+    assert set(info["rounds"]) == contenders
     assert len({len(rounds) for rounds in info["rounds"].values()}) == 1
-    assert info["bytes"] == 3 * 4 * 64 * 3 * 128 * 128
+    assert info["bytes"] == moved
     assert info["peak_bytes"]["kdkernels"] < info["peak_bytes"]["eager"]
-    for name in ("report.md", "report.html", "benchmark.json"):
-        assert (output / name).stat().st_size > 1000
+    assert set(info["errors"]) == contenders
+
+
+def test_a_run_without_rivals_and_compiler_writes_a_report(tmp_path):
+    report = run_of(tmp_path, "--no-compile", "--only", "distillation_loss and 128")
+    assert_complete(report, {"kdkernels", "eager"}, 3 * 4 * 128 * 100)
+    assert report["benchmarks"][0]["extra_info"]["not_timed"]["compile"] == "left out"
+
+
+@pytest.mark.slow
+def test_a_run_without_rivals_writes_a_report(tmp_path):
+    report = run_of(tmp_path, "--only", "total_variation and image_prior and 128")
+    assert_complete(report, {"kdkernels", "eager", "compile", "compile max-autotune"}, 3 * 4 * 64 * 3 * 128 * 128)
