@@ -1,11 +1,10 @@
-"""One side of compare.py: runs workloads on the kdkernels that PYTHONPATH names, as lines of JSON on stdin ask for.
+"""One side of a comparison: runs workloads on the kdkernels that PYTHONPATH names, as lines of JSON on stdin request.
 
     python bench/compare/worker.py <threads>
 
 This tree writes each workload to a file: the name of a public function, its options, its inputs and the incoming
-gradients. Both sides load that file, so both run the same, and the other tree need not have a workload of that name, or
-any module but kdkernels.functional, in common with this one. While it waits for a line, a worker does nothing, so that
-the other side has the machine to itself.
+gradients. Both sides load that file, so both run the same; the only module that the trees must have in common is
+kdkernels.functional. A worker that waits for a line is idle, so that the other side has the machine to itself.
 """
 
 import json
@@ -44,7 +43,7 @@ def summary(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def workloads() -> Iterable[Any]:
-    """Return the workloads of this tree; the other one is not asked for its own."""
+    """Return the workloads of this tree, which both sides run."""
     from kdkernels.ops import _cases
 
     return _cases.workloads()
@@ -55,7 +54,7 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 class Loaded:
-    """A workload of a file: a forward, and a backward to the first of its tensors."""
+    """A workload from a file: a forward, and a backward to the first of its tensors."""
 
     def __init__(self, path: Path) -> None:
         name, options, self.tensors, self.cotangents = torch.load(path, weights_only=True)

@@ -14,33 +14,36 @@ def _threads_restored():
 
 
 @pytest.fixture
-def budget(bench_set):
+def budget(full):
     """Rounds and seconds of a sweep."""
-    return {"rounds": 15, "seconds": 20.0 if bench_set == "full" else 5.0}
+    return {"rounds": 15, "seconds": 20.0 if full else 5.0}
+
+
+def values_of(sweep, full):
+    return sweep.values_of(full) or pytest.skip("in the full set only")
+
+
+def check(sweep, value, contenders):
+    gap = disagreement(contenders)
+    assert gap <= TOLERANCE, f"results differ by {gap:.1e} at {value} {sweep.unit}"
 
 
 @pytest.mark.usefixtures("_threads_restored")
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
-def test_sweep(race, benchmark, bench_set, budget, sweep):
-    values = sweep.values_of(bench_set)
-    if not values:
-        pytest.skip("in the full set only")
+def test_sweep(race, benchmark, full, budget, sweep):
+    values = values_of(sweep, full)
     timed = {}
     for value in reversed(values):
         contenders = sweep.contenders(value)
-        gap = disagreement(contenders)
-        assert gap <= TOLERANCE, f"results differ by {gap:.1e} at {value} {sweep.unit}"
+        check(sweep, value, contenders)
         timed |= {f"{name} {value}": sweep.timed(passes, value) for name, passes in contenders.items()}
     rounds = race(timed, cold=sweep.cold, **budget, **sweep.info(values))
     benchmark.extra_info["rounds"] = rounds_by_value(rounds)
 
 
-def test_ranks(race, benchmark, bench_set, budget):
-    values = RANKS.values_of(bench_set)
-    if not values:
-        pytest.skip("in the full set only")
-    gap = disagreement(RANKS.contenders(1))
-    assert gap <= TOLERANCE, f"results differ by {gap:.1e}"
+def test_ranks(race, benchmark, full, budget):
+    values = values_of(RANKS, full)
+    check(RANKS, 1, RANKS.contenders(1))
     with Ranks(max(values)) as ranks:
         timed = {f"{n} {value}": ranks.timed(n, value) for value in reversed(values) for n in ("kdkernels", "eager")}
         rounds = race(timed, cold=RANKS.cold, **budget, **RANKS.info(values))

@@ -1,18 +1,17 @@
 """What the sweeps time: one function along one parameter, such as the size of the batch, by kdkernels and by eager."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from bench.machine import cores
 from kdkernels.inversion import BatchNormStatistics
 from kdkernels.ops._cases import workload
 from kdkernels.ops.batch_norm_stats.cases import eager_loss
@@ -20,7 +19,7 @@ from kdkernels.testing.comparison import Passes, relative_error, rotating
 from kdkernels.testing.timing import Timed
 
 TOLERANCE = 1e-4
-CALLS_OF_A_RANK = 5  # in a round: long beside the handing over between processes
+CALLS_OF_A_RANK = 5  # in a round, so that the communication between processes is negligible
 RANK_TIMEOUT = 120.0
 
 Contenders = Mapping[str, Passes]
@@ -31,19 +30,19 @@ class Sweep:
     """A function whose cost is timed along a parameter.
 
     Attributes:
-        name: of the function and the parameter.
-        parameter: what grows.
-        unit: of its values.
-        values: of the full set.
-        contenders: draws the inputs for a value; kdkernels and eager, on the same tensors.
-        quick: the values of the quick set; none where the sweep is not in it.
-        expected_slope: of the logarithm of the time over that of the value, where nothing but the work counts.
-        cold: whether large inputs come from memory; then the middle sizes do not gain from what they fit into.
-        sets_threads: whether the value is the number of threads.
+        function: The function, with its options.
+        parameter: The parameter that grows.
+        unit: Unit of its values.
+        values: Values in the full set.
+        contenders: Draws the inputs for a value; returns kdkernels and eager, on the same tensors.
+        quick: Values in the quick set; empty if the sweep is not in it.
+        expected_slope: Slope of the logarithm of the time over that of the value, if nothing but the work counts.
+        cold: Whether large inputs come from memory, so that sizes that fit in a cache do not gain from it.
+        sets_threads: Whether the value is the number of threads.
 
     """
 
-    name: str
+    function: str
     parameter: str
     unit: str
     values: tuple[int, ...]
@@ -53,8 +52,12 @@ class Sweep:
     cold: bool = True
     sets_threads: bool = False
 
-    def values_of(self, bench_set: str) -> tuple[int, ...]:
-        return self.values if bench_set == "full" else self.quick
+    @property
+    def name(self) -> str:
+        return f"{self.function}, {self.parameter}"
+
+    def values_of(self, full: bool) -> tuple[int, ...]:
+        return self.values if full else self.quick
 
     def timed(self, passes: Passes, value: int) -> Timed:
         """Return a forward with its backward."""
@@ -69,7 +72,7 @@ class Sweep:
         return Timed(full.call, prepare)
 
     def info(self, values: Sequence[int]) -> dict[str, Any]:
-        """Return what the report asks for, but the rounds."""
+        """Return what the report needs, without the rounds."""
         return {
             "kind": "sweep", "sweep": self.name, "parameter": self.parameter, "unit": self.unit,
             "values": list(values), "expected_slope": self.expected_slope,
@@ -77,7 +80,7 @@ class Sweep:
 
 
 def rounds_by_value(rounds: Mapping[str, Sequence[float]], calls: int = 1) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of a call by contender and value, from those of entries such as "eager 64"."""
+    """Return the seconds of a call by contender and value, from entries such as "eager 64"."""
     result: dict[str, dict[str, list[float]]] = {}
     for entry, seconds in reversed(rounds.items()):
         name, _, value = entry.rpartition(" ")
@@ -86,7 +89,7 @@ def rounds_by_value(rounds: Mapping[str, Sequence[float]], calls: int = 1) -> di
 
 
 def disagreement(contenders: Contenders) -> float:
-    """Return the relative difference of the results of kdkernels and eager PyTorch, in fp64 if that is what errs."""
+    """Return the relative difference of the results of kdkernels and eager PyTorch, in fp64 if eager errs in fp32."""
     ours, eager = contenders["kdkernels"].results(), contenders["eager"]
     gap = relative_error(ours, eager.results())
     if gap <= TOLERANCE:
@@ -107,7 +110,7 @@ def of_workload(function: str, shape: Sequence[int], variant: str = "") -> Conte
 
 
 def batch_norm_stack(layers: int) -> nn.Sequential:
-    """Return BatchNorm layers and nothing else, with running statistics that their inputs do not have."""
+    """Return a stack of BatchNorm layers, with running statistics that differ from those of their inputs."""
     generator = torch.Generator().manual_seed(0)
     stack = nn.Sequential(*(nn.BatchNorm2d(16) for _ in range(layers)))
     for layer in stack:
@@ -117,10 +120,10 @@ def batch_norm_stack(layers: int) -> nn.Sequential:
 
 
 def watched_stack(layers: int) -> Contenders:
-    """The statistics of a stack by BatchNormStatistics, and by a hook on each layer as it is usually written."""
+    """Return the statistics of a stack by BatchNormStatistics, and by a hook on each layer as it is usually written."""
     images = torch.randn(16, 16, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ours, usual = batch_norm_stack(layers), batch_norm_stack(layers)
-    # Never left: it watches as long as the stack lives, as it does in a loop over many batches.
+    # The block is never left: it watches as long as the stack lives, as in a loop over many batches.
     statistics = BatchNormStatistics(ours).__enter__()
     losses: list[Tensor] = []
 
@@ -141,11 +144,6 @@ def watched_stack(layers: int) -> Contenders:
     return {"kdkernels": Passes(by_kdkernels, (images,)), "eager": Passes(by_hooks, (images,))}
 
 
-def cores() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def doubling(first: int, last: int) -> tuple[int, ...]:
     """Return first, twice that and so on, and last."""
     values = [first]
@@ -154,121 +152,93 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
     return (*values, last) if last > first else (first,)
 
 
-def images(pixels: int) -> Contenders:
-    side = math.isqrt(pixels)
-    return of_workload("image_prior_losses", (16, 3, side, side))
-
-
-def maps(pixels: int) -> Contenders:
-    side = math.isqrt(pixels)
-    return of_workload("kl_div_with_logits", (4, 19, side, side), "dim=1")
-
-
 def logits(rows: int = 2048) -> Contenders:
     return of_workload("kl_div_with_logits", (rows, 1000))
 
 
+def square(function: str, shape: tuple[int, int], variant: str, pixels: int) -> Contenders:
+    return of_workload(function, (*shape, math.isqrt(pixels), math.isqrt(pixels)), variant)
+
+
+def squares(first: int, last: int) -> tuple[int, ...]:
+    return tuple(side**2 for side in doubling(first, last))
+
+
 SWEEPS = (
     Sweep(
-        "kl_div_with_logits, batch", "batch", "rows", doubling(64, 8192), logits, quick=(64, 256, 1024, 4096)
+        "kl_div_with_logits", "batch", "rows", doubling(64, 8192), logits, quick=(64, 256, 1024, 4096)
     ),
     Sweep(
-        "kl_div_with_logits, classes", "classes", "classes", doubling(125, 128000),
+        "kl_div_with_logits", "classes", "classes", doubling(125, 128000),
         lambda classes: of_workload("kl_div_with_logits", (64, classes)), quick=(125, 1000, 8000, 64000),
     ),
     Sweep(
-        "image_prior_losses, resolution", "resolution", "pixels", tuple(side**2 for side in doubling(16, 512)), images,
-        quick=tuple(side**2 for side in doubling(32, 256)),
+        "image_prior_losses", "resolution", "pixels", squares(16, 512),
+        partial(square, "image_prior_losses", (16, 3), ""), quick=squares(32, 256),
     ),
     Sweep(
-        "kl_div_with_logits(dim=1), resolution", "resolution", "pixels", tuple(side**2 for side in doubling(16, 512)),
-        maps,
+        "kl_div_with_logits(dim=1)", "resolution", "pixels", squares(16, 512),
+        partial(square, "kl_div_with_logits", (4, 19), "dim=1"),
     ),
     # The activations of a layer are in the caches when the next one comes, in training as here.
     Sweep(
-        "BatchNormStatistics, layers", "layers", "layers", doubling(1, 64), watched_stack, quick=(4, 8, 16, 32),
-        cold=False,
+        "BatchNormStatistics", "layers", "layers", doubling(1, 64), watched_stack, quick=(4, 8, 16, 32), cold=False
     ),
     Sweep(
-        "batch_norm_stat_loss, channels", "channels", "channels", doubling(4, 1024),
+        "batch_norm_stat_loss", "channels", "channels", doubling(4, 1024),
         lambda channels: of_workload("batch_norm_stat_loss", (32, channels, 16, 16)),
     ),
     Sweep(
-        "kl_div_with_logits, threads", "threads", "threads", doubling(1, cores()), lambda _: logits(),
+        "kl_div_with_logits", "threads", "threads", doubling(1, cores()), lambda _: logits(),
         expected_slope=-1.0, sets_threads=True,
     ),
     Sweep(
-        "batch_norm_stat_loss, threads", "threads", "threads", doubling(1, cores()),
+        "batch_norm_stat_loss", "threads", "threads", doubling(1, cores()),
         lambda _: of_workload("batch_norm_stat_loss", (64, 64, 32, 32)), expected_slope=-1.0, sets_threads=True,
     ),
 )  # fmt: skip
 
 # Each rank computes the same on a batch of its own, with one thread; the time of a round is that of the slowest.
 RANKS = Sweep(
-    "kl_div_with_logits, ranks", "ranks", "processes", doubling(1, cores()), lambda _: logits(),
-    expected_slope=0.0, cold=False,
-)  # fmt: skip
+    "kl_div_with_logits", "ranks", "processes", doubling(1, cores()), lambda _: logits(), expected_slope=0.0, cold=False
+)
 
 
-class Ranks:
-    """Processes with a thread each that compute the same at the same time; they are started once, and wait.
+class Rank:
+    """The state of one process: its contenders, and a barrier for each number of ranks that run at the same time."""
 
-    Args:
-        count: of processes.
-        make: draws the inputs of one.
-        calls: that each makes in a round.
+    contenders: ClassVar[Contenders]
+    barriers: ClassVar[Mapping[int, Any]]
 
-    """
+    @classmethod
+    def start(cls, barriers: Mapping[int, Any], make: Callable[[], Contenders]) -> None:
+        torch.set_num_threads(1)
+        cls.barriers, cls.contenders = barriers, make()
 
-    def __init__(self, count: int, make: Callable[[], Contenders] = logits, calls: int = CALLS_OF_A_RANK) -> None:
-        context = torch.multiprocessing.get_context("spawn")
-        self._barriers = {ranks: context.Barrier(ranks) for ranks in range(1, count + 1)}
-        self._connections: list[Connection] = []
-        self._processes = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self._barriers, make, calls), daemon=True)
-            process.start()
-            theirs.close()  # so that the end of a process is noticed
-            self._connections.append(ours)
-            self._processes.append(process)
-
-    def run(self, name: str, ranks: int) -> list[float]:
-        """Let some ranks run a contender at the same time, and return the seconds of each."""
-        chosen = self._connections[:ranks]
-        for connection in chosen:
-            connection.send((name, ranks))
-        return [connection.recv() for connection in chosen]
-
-    def timed(self, name: str, ranks: int) -> Timed:
-        return Timed(partial(self.run, name, ranks))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for process in self._processes:
-            process.kill()
-        for process, connection in zip(self._processes, self._connections, strict=True):
-            process.join()
-            process.close()
-            connection.close()
-
-
-def _serve(connection: Connection, barriers: Mapping[int, Any], make: Callable[[], Contenders], calls: int) -> None:
-    torch.set_num_threads(1)
-    contenders = make()
-    while True:
-        try:
-            name, ranks = connection.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        passes = contenders[name]
-        barriers[ranks].wait(RANK_TIMEOUT)
+    @classmethod
+    def run(cls, name: str, ranks: int, calls: int) -> float:
+        passes = cls.contenders[name]
+        cls.barriers[ranks].wait(RANK_TIMEOUT)  # nor does a process that waits here take a second task
         start = perf_counter()
         for _ in range(calls):
             passes.clear()
             passes.full()
-        connection.send(perf_counter() - start)
+        return perf_counter() - start
+
+
+class Ranks(ProcessPoolExecutor):
+    """Processes with one thread each that compute the same at the same time; they are started once, and wait."""
+
+    def __init__(self, count: int, make: Callable[[], Contenders] = logits, calls: int = CALLS_OF_A_RANK) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        barriers = {ranks: context.Barrier(ranks) for ranks in range(1, count + 1)}
+        super().__init__(count, context, Rank.start, (barriers, make))
+        self.calls = calls
+        self.seconds("kdkernels", count)  # starts the processes
+
+    def seconds(self, name: str, ranks: int) -> list[float]:
+        """Run a contender in some of the processes at the same time, and return the seconds of each."""
+        return list(self.map(Rank.run, [name] * ranks, [ranks] * ranks, [self.calls] * ranks))
+
+    def timed(self, name: str, ranks: int) -> Timed:
+        return Timed(partial(self.seconds, name, ranks))
