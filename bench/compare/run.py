@@ -150,7 +150,7 @@ class Worker:
     ) -> None:
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):  # of a request that nobody read
+            with suppress(BrokenPipeError):  # of a request that was not read
                 if pipe is not None:
                     pipe.close()
         self._process.wait()

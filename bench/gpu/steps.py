@@ -4,6 +4,7 @@ The environment says which part of the report a step writes (KDKERNELS_PART), ho
 where the package is built (KDKERNELS_WORK), and whether it is a dry run, which uses no device (KDKERNELS_DRY).
 """
 
+import contextlib
 import json
 import os
 import re
@@ -146,7 +147,7 @@ class TestRun:
     keyword: str = ""
     folder: str = "ops"
     process: subprocess.Popen | None = None
-    begun: float = 0.0
+    cut: bool = False
 
     def start(self, folder: Path) -> None:
         self.results = folder / f"{self.name}-{self.target}.jsonl"
@@ -163,28 +164,15 @@ class TestRun:
                 cwd=ROOT, env={**os.environ, **variables, "KDKERNELS_TEST_RESULTS": str(self.results)},
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
-        self.begun = time.monotonic()
 
-    def ask_to_end(self) -> None:
-        """Let it write its own report, of the tests that are done."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-
-    def end(self, seconds: float) -> None:
-        if self.process is not None:
-            try:
-                self.process.wait(max(seconds, 0.0))
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-
-    def summary(self, cut: bool) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         lines = self.results.read_text().splitlines() if self.process and self.results.exists() else []
         entries = [json.loads(line) for line in lines]
         outcomes = [entry for entry in entries if "outcome" in entry]
         failures = [entry for entry in outcomes if entry["outcome"] == "failed"]
         code = self.process.poll() if self.process else None
-        state = "not begun" if self.process is None else "cut" if cut else "running" if code is None else "passed"
-        if failures or (code is not None and not cut and code not in (0, 5)):  # 5: nothing was collected
+        state = "not begun" if self.process is None else "cut" if self.cut else "running" if code is None else "passed"
+        if failures or (code not in (None, 0, 5) and not self.cut):  # 5: nothing was collected
             state = "failed"
         broken = state == "failed" and not failures
         return {
@@ -213,27 +201,29 @@ def correctness(part: Part) -> int:
     folder = WORK / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     warming = warm_up_compiler() if CORES >= 8 and not DRY else None
-    waiting, running, cut = list(runs), [], set()
+    waiting, running = list(runs), []
     while (waiting or running) and seconds_left() > 0:
         while waiting and len(running) < at_once:
             running.append(waiting.pop(0))
             running[-1].start(folder)
         time.sleep(0.5)
         running = [run for run in running if run.process.poll() is None]
-        part.add(runs=[run.summary(cut=False) for run in runs])
-    for run in (*running, *waiting):
-        run.ask_to_end()
-        cut.add((run.name, run.target))
+        part.add(runs=[run.summary() for run in runs])
     for run in running:
-        run.end(seconds_left(reserve=3.0))
+        run.process.send_signal(signal.SIGINT)  # it writes its own report of the tests that are done
+        run.cut = True
+    for run in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(max(seconds_left(reserve=3.0), 0.0))
+        run.process.kill()
     if warming is not None:
         warming.kill()
-    results = [run.summary((run.name, run.target) in cut) for run in runs]
+    results = [run.summary() for run in runs]
     counts = {key: sum(result[key] for result in results) for key in ("passed", "failed", "skipped", "collected")}
     part.add(runs=results, summary=", ".join(f"{number} {key}" for key, number in counts.items()))
     if any(result["state"] == "failed" for result in results):
         return FAILED
-    return CUT if cut else PASSED
+    return CUT if running or waiting else PASSED
 
 
 def warm_up_compiler() -> subprocess.Popen:

@@ -37,7 +37,7 @@ def test_sweep(race, benchmark, full, budget, sweep):
         contenders = sweep.contenders(value)
         check(sweep, value, contenders)
         timed |= {f"{name} {value}": sweep.timed(passes, value) for name, passes in contenders.items()}
-    rounds = race(timed, cold=sweep.cold, **budget, **sweep.info(values))
+    rounds = race(timed, **budget, **sweep.info)
     benchmark.extra_info["rounds"] = rounds_by_value(rounds)
 
 
@@ -46,5 +46,5 @@ def test_ranks(race, benchmark, full, budget):
     check(RANKS, 1, RANKS.contenders(1))
     with Ranks(max(values)) as ranks:
         timed = {f"{n} {value}": ranks.timed(n, value) for value in reversed(values) for n in ("kdkernels", "eager")}
-        rounds = race(timed, cold=RANKS.cold, **budget, **RANKS.info(values))
+        rounds = race(timed, **budget, **RANKS.info)
     benchmark.extra_info["rounds"] = rounds_by_value(rounds, CALLS_OF_A_RANK)

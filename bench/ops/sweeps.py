@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bench.machine import cores
 from kdkernels.inversion import BatchNormStatistics
 from kdkernels.ops._cases import workload
-from kdkernels.ops.batch_norm_stats.cases import eager_loss
 from kdkernels.testing.comparison import Passes, relative_error, rotating
 from kdkernels.testing.timing import Timed
 
@@ -64,18 +63,14 @@ class Sweep:
         full = passes.timed()["full"]
         if not self.sets_threads:
             return full
+        return Timed(full.call, lambda: (torch.set_num_threads(value), full.prepare()))
 
-        def prepare() -> None:
-            torch.set_num_threads(value)
-            full.prepare()
-
-        return Timed(full.call, prepare)
-
-    def info(self, values: Sequence[int]) -> dict[str, Any]:
-        """Return what the report needs, without the rounds."""
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the report needs beside the rounds."""
         return {
             "kind": "sweep", "sweep": self.name, "parameter": self.parameter, "unit": self.unit,
-            "values": list(values), "expected_slope": self.expected_slope,
+            "expected_slope": self.expected_slope, "cold": self.cold,
         }  # fmt: skip
 
 
@@ -121,6 +116,7 @@ def batch_norm_stack(layers: int) -> nn.Sequential:
 
 def watched_stack(layers: int) -> Contenders:
     """Return the statistics of a stack by BatchNormStatistics, and by a hook on each layer as it is usually written."""
+    eager_loss = workload("batch_norm_stat_loss", (16, 16, 16, 16)).eager
     images = torch.randn(16, 16, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ours, usual = batch_norm_stack(layers), batch_norm_stack(layers)
     # The block is never left: it watches as long as the stack lives, as in a loop over many batches.

@@ -6,7 +6,7 @@ backend" is our own routine on plain PyTorch, which shows what the kernels alone
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kdkernels
-from bench.routines.bench_distillation import Loss
 from bench.routines.contest import Contender, check_and_race
 from bench.routines.published_inversion import PublishedInversion
 from kdkernels.cli.demo import IMAGE_SHAPE, NUM_CLASSES, DemoSettings, train_teacher
@@ -24,6 +23,7 @@ from kdkernels.distillation.data_free import balanced_labels, batch_generator
 from kdkernels.inversion import InversionConfig
 from kdkernels.models import SmallCNN
 
+Run = Callable[[nn.Module, nn.Module], Tensor]  # of a teacher and a student, which is trained; returns the images
 TOLERANCE = 1e-4  # of the images and of the student's parameters
 INVERSION = replace(InversionConfig.preset("digits"), batch_size=64).with_iterations(10)
 CONFIG = DataFreeConfig(rounds=1, batches=1, epochs=4)
@@ -47,19 +47,19 @@ def reference_round(teacher: nn.Module, student: nn.Module) -> Tensor:
         return our_round(teacher, student)
 
 
-@dataclass(frozen=True)
-class PublishedRound:
-    """The same with the published iteration and a student's loss, as a user would combine them; the draws are ours."""
+def published_round(teacher: nn.Module, compile_mode: str | None = None) -> Run:
+    """Return a round with the published iteration and a student's loss, as a user would combine them.
 
-    inverter: PublishedInversion
-    loss: Callable[[Tensor, Tensor], Tensor]
+    The draws are those of our round.
+    """
+    inverter = PublishedInversion(teacher, INVERSION, freeze=compile_mode is not None, compile_mode=compile_mode)
+    loss = eager_divergence if compile_mode is None else torch.compile(eager_divergence, dynamic=False)
 
-    def __call__(self, teacher: nn.Module, student: nn.Module) -> Tensor:
+    def run(teacher: nn.Module, student: nn.Module) -> Tensor:
         generator = batch_generator(0, 0)
         labels = balanced_labels(INVERSION.batch_size, NUM_CLASSES, generator)
-        dtype = next(teacher.parameters()).dtype
-        images = torch.randn(len(labels), *IMAGE_SHAPE, generator=generator).to(dtype)
-        images = self.inverter.synthesize(images, labels, generator)
+        images = torch.randn(len(labels), *IMAGE_SHAPE, generator=generator).to(next(teacher.parameters()).dtype)
+        images = inverter.synthesize(images, labels, generator)
         optimizer = torch.optim.Adam(student.parameters(), lr=CONFIG.learning_rate, weight_decay=CONFIG.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, CONFIG.epochs)
         torch.manual_seed(0)
@@ -70,18 +70,19 @@ class PublishedRound:
                 with torch.no_grad():
                     target = teacher(batch)
                 optimizer.zero_grad()
-                self.loss(student(batch), target).backward()
+                loss(student(batch), target).backward()
                 optimizer.step()
             scheduler.step()
         return images
+
+    return run
 
 
 class Round:
     """A round that can be run again, with a new copy of the student each time."""
 
-    def __init__(self, run: Callable[[nn.Module, nn.Module], Tensor], teacher: nn.Module, student: nn.Module) -> None:
+    def __init__(self, run: Run, teacher: nn.Module, student: nn.Module) -> None:
         self.run, self.teacher, self.first = run, teacher, student
-        self.prepare()
 
     def prepare(self) -> None:
         self.student = copy.deepcopy(self.first)
@@ -94,12 +95,6 @@ class Round:
         self.prepare()
         images = self.call()
         return [images, torch.cat([parameter.detach().flatten() for parameter in self.student.parameters()])]
-
-
-def published_round(teacher: nn.Module, compile_mode: str | None = None) -> PublishedRound:
-    inverter = PublishedInversion(teacher, INVERSION, freeze=compile_mode is not None, compile_mode=compile_mode)
-    loss: Loss = eager_divergence if compile_mode is None else torch.compile(eager_divergence, dynamic=False)
-    return PublishedRound(inverter, loss)
 
 
 def test_round(race):

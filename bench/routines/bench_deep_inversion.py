@@ -8,6 +8,7 @@ the teacher's forward, and its backward to the images.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -128,47 +129,43 @@ def test_iteration(race, full, case):
         gap = relative_error(results_of(wide.loss_terms, images.double(), *example), truth)
     assert gap <= EXACT, f"ours and the published iteration differ by {gap:.1e} in fp64"
 
-    contenders: dict[str, Contender] = {}
-
-    def enter(name: str, runner: PublishedInversion | OurIteration, compiled: bool = False) -> None:
-        contenders[name] = Contender(
-            stepping(config, runner.iteration),
-            results=lambda: results_of(runner.loss_terms, images, *example),
-            compiled=compiled,
-        )
-
     def ours(compiled: bool = False) -> OurIteration:
-        return OurIteration(
-            DeepInversion(copy.deepcopy(teacher), case.shape[1:], config), images, labels, compiled=compiled
-        )
+        inverter = DeepInversion(copy.deepcopy(teacher), case.shape[1:], config)
+        return OurIteration(inverter, images, labels, compiled=compiled)
 
     def published(freeze: bool = True, compile_mode: str | None = None) -> PublishedInversion:
         runner = PublishedInversion(teacher, config, freeze=freeze, compile_mode=compile_mode)
         runner.begin(images, labels)
         return runner
 
-    not_timed: dict[str, str] = {}
     plain, compiled = ours(), ours(compiled=True)
+    runners = {
+        "kdkernels": plain, "eager": published(freeze=False), "eager, teacher frozen": published(),
+        "compile": published(compile_mode="default"),
+    }  # fmt: skip
+    if full:
+        runners["compile max-autotune"] = published(compile_mode=COMPILE["compile max-autotune"])
+        runners["kdkernels, compiled"] = compiled
+    contenders = {
+        name: Contender(
+            stepping(config, runner.iteration),
+            results=partial(results_of, runner.loss_terms, images, *example),
+            compiled="compile" in name,
+        )
+        for name, runner in runners.items()
+    }
+    contenders[FLOOR] = Contender(network_alone(teacher, images, labels))
     with plain.watching(), compiled.watching():
-        enter("kdkernels", plain)
-        enter("eager", published(freeze=False))
-        enter("eager, teacher frozen", published())
-        enter("compile", published(compile_mode="default"), compiled=True)
-        if full:
-            enter("compile max-autotune", published(compile_mode=COMPILE["compile max-autotune"]), compiled=True)
-            enter("kdkernels, compiled", compiled, compiled=True)
-        else:
-            not_timed = dict.fromkeys(("compile max-autotune", "kdkernels, compiled"), ONLY_IN_FULL)
-        contenders[FLOOR] = Contender(network_alone(copy.deepcopy(teacher), images, labels))
         check_and_race(
             race, contenders, truth, TOLERANCES[case.model], rounds=case.rounds, op="deep_inversion",
             function="DeepInversion iteration", shape=list(case.shape), variant=f"{case.model}, {case.preset}",
-            not_timed=not_timed, goals={"faster than eager": 1.0}, floor=FLOOR,
+            not_timed={} if full else dict.fromkeys(("compile max-autotune", "kdkernels, compiled"), ONLY_IN_FULL),
+            goals={"faster than eager": 1.0}, floor=FLOOR,
         )  # fmt: skip
 
 
 def network_alone(teacher: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """Return a forward and a backward of a frozen network, to the images."""
-    teacher.eval().requires_grad_(False)
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     images = images.detach().clone().requires_grad_()
     return lambda: torch.autograd.grad(F.cross_entropy(teacher(images), labels), images)

@@ -1,4 +1,4 @@
-"""Timing and comparing: rounds, ratios, and that nobody is timed who is wrong."""
+"""Timing and comparing: rounds, ratios, and that a contender that is wrong is not timed."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_rounds_take_turns_and_warm_up_does_not_count():
 
 
 def test_ratios_pair_the_rounds():
-    """Each round's ratio is 2, whatever the machine did; medians of the sums would say the same, minima not."""
+    """Each round's ratio is 2, although the machine's speed changed; minima would not say so."""
     assert pairwise_ratio([1.0, 10.0, 3.0], [2.0, 20.0, 6.0]) == Ratio(2.0, 2.0, 2.0)
     ratio = pairwise_ratio([1.0] * 11, [0.5 + 0.1 * i for i in range(11)])
     assert (ratio.low, ratio.median, ratio.high) == pytest.approx((0.6, 1.0, 1.4))
@@ -115,7 +115,7 @@ def test_a_wrong_workload_is_refused(arguments, text):
         workload(*arguments)
 
 
-def test_nobody_is_timed_where_ours_is_wrong():
+def test_no_contender_is_timed_if_ours_is_wrong():
     one = workload("kl_div_with_logits", (6, 11))
     wrong = replace(one, ours=lambda s, t: 1.01 * one.ours(s, t))
     contest = enter(wrong, "cpu", {"kdkernels": "auto"}, {}, {})
