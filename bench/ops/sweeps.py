@@ -26,30 +26,17 @@ Contenders = Mapping[str, Passes]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A function whose cost is timed along a parameter.
-
-    Attributes:
-        function: The function, with its options.
-        parameter: The parameter that grows.
-        unit: Unit of its values.
-        values: Values in the full set.
-        contenders: Draws the inputs for a value; returns kdkernels and eager, on the same tensors.
-        quick: Values in the quick set; empty if the sweep is not in it.
-        expected_slope: Slope of the logarithm of the time over that of the value, if nothing but the work counts.
-        cold: Whether large inputs come from memory, so that sizes that fit in a cache do not gain from it.
-        sets_threads: Whether the value is the number of threads.
-
-    """
+    """A function whose cost is timed along a parameter."""
 
     function: str
     parameter: str
     unit: str
     values: tuple[int, ...]
-    contenders: Callable[[int], Contenders]
-    quick: tuple[int, ...] = ()
-    expected_slope: float = 1.0
-    cold: bool = True
-    sets_threads: bool = False
+    contenders: Callable[[int], Contenders]  # kdkernels and eager on the same inputs, drawn for a value
+    quick: tuple[int, ...] = ()  # values in the quick set
+    expected_slope: float = 1.0  # of log(time) over log(value), if nothing but the work counts
+    cold: bool = True  # whether large inputs come from memory, so that sizes that fit in a cache do not gain from it
+    sets_threads: bool = False  # whether the value is the number of threads
 
     @property
     def name(self) -> str:

@@ -17,11 +17,6 @@ def figure(caption: str, plot: str, *arguments: Any) -> Figure:
     return Figure(caption, lambda: getattr(import_module("bench.report.plots"), plot)(*arguments))
 
 
-def figures(rows: Sequence[Row], caption: str, plot: str, *arguments: Any) -> Iterator[Figure]:
-    for first in range(0, len(rows), MOST):
-        yield figure(caption, plot, rows[first : first + MOST], *arguments)
-
-
 def comparison(title: str, rows: Sequence[Row]) -> Iterator[Block]:
     rivals = rivals_of(rows)
     cells = [
@@ -31,7 +26,9 @@ def comparison(title: str, rows: Sequence[Row]) -> Iterator[Block]:
     ]  # fmt: skip
     yield Table(("function", "shape", "dtype", "variant", "mode", "cache", "ours, ms", *rivals), cells, words=6)
     caption = f"{title}: time of each rival over ours, median and spread. Right of 1 kdkernels is faster."
-    yield from figures([row for row in rows if row.ratios], caption, "ratio_plot")
+    rows = [row for row in rows if row.ratios]
+    for first in range(0, len(rows), MOST):
+        yield figure(caption, "ratio_plot", rows[first : first + MOST])
 
 
 def ops(rows: Sequence[Row]) -> Iterator[Block]:
@@ -69,8 +66,6 @@ def roofline(rows: Sequence[Row], copy: float | None) -> Iterator[Block]:
         "share is of the measured bandwidth of a copy. It can exceed 100 % where data is in a cache or mostly read. "
         "Peak memory is that beyond the inputs."
     )
-    for op, group in by_op(row for row in rows if copy and row.bytes_per_second).items():
-        yield from figures(group, f"{op}: achieved bytes per second, and those of a copy.", "roofline_plot", copy)
     yield Table([head for head, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
 
 

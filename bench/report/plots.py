@@ -107,20 +107,6 @@ def ratio_plot(rows: Sequence[Row]) -> str:
     return as_svg(figure)
 
 
-def roofline_plot(rows: Sequence[Row], copy: float) -> str:
-    """Plot the bytes per second that rows achieve, and those of a copy."""
-    figure, axes = row_axes(rows, LINE, "GB/s")
-    colour, marker = look(OURS)
-    reached = [1e-9 * (row.bytes_per_second or 0.0) for row in rows]
-    axes.hlines(range(len(rows)), 0, reached, color=colour, linewidth=1.2, alpha=0.5)
-    axes.plot(reached, range(len(rows)), marker, color=colour, markersize=5, label=OURS)
-    label = f"measured copy, {1e-9 * copy:.3g} GB/s"
-    axes.axvline(1e-9 * copy, color="#333333", linewidth=1.2, linestyle="--", label=label)
-    axes.set_xlim(0)
-    legend_above(axes)
-    return as_svg(figure)
-
-
 def sweep_plot(sweep: Sweep) -> str:
     """Plot median times along the parameter, both on log axes, with the expected slope through our last point."""
     figure, axes = axes_of(6.0, 3.8, sweep.axis)

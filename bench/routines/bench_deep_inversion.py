@@ -28,21 +28,12 @@ FLOOR = "network alone"
 
 @dataclass(frozen=True)
 class Case:
-    """A network and the shape of its images.
-
-    Attributes:
-        model: Name of the network.
-        shape: Shape of the batch.
-        preset: Preset of the inversion.
-        memory: Bytes that a machine must have.
-        rounds: Largest number of rounds.
-
-    """
+    """A network and the shape of its images."""
 
     model: str
     shape: tuple[int, int, int, int]
     preset: str
-    memory: int = 0
+    memory: int = 0  # bytes that a machine must have
     rounds: int = 15
 
 

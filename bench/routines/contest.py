@@ -42,13 +42,7 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Sequential):
-    """A residual network for images of 32x32 pixels. Source: He et al., arXiv 1512.03385.
-
-    Args:
-        name: One of :data:`SIZES`.
-        num_classes: Number of outputs.
-
-    """
+    """A residual network for images of 32x32 pixels: one of SIZES. Source: He et al., arXiv 1512.03385."""
 
     def __init__(self, name: str, num_classes: int = 10) -> None:
         blocks, widths = SIZES[name]
@@ -75,20 +69,12 @@ def with_statistics(model: nn.Module, images: Tensor) -> nn.Module:
 
 @dataclass(frozen=True)
 class Contender:
-    """An implementation of a step of a routine.
-
-    Attributes:
-        call: The step, which is timed.
-        prepare: What comes before it, untimed.
-        results: Returns what is compared with the truth; None for a part of the step that has no such results.
-        compiled: Whether the first results include a compilation.
-
-    """
+    """An implementation of a step of a routine."""
 
     call: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
-    results: Callable[[], list[Tensor]] | None = None
-    compiled: bool = False
+    results: Callable[[], list[Tensor]] | None = None  # compared with the truth; None for a part of the step
+    compiled: bool = False  # whether the first results include a compilation
 
 
 def check_and_race(
@@ -100,16 +86,9 @@ def check_and_race(
     rounds: int = 15,
     **info: Any,
 ) -> None:
-    """Compare the results of all contenders with the truth, then time those that are right; the first must be.
+    """Time the contenders whose results agree with the truth, which is in fp64; kdkernels must be among them.
 
-    Args:
-        race: The fixture.
-        contenders: Contenders by name, ours first.
-        truth: Results in fp64.
-        tolerance: Largest relative error, as norm of the error over norm of the result.
-        rounds: Largest number of rounds.
-        info: Facts for the report.
-
+    The tolerance is relative: norm of the error over norm of the result.
     """
     errors: dict[str, float] = {}
     compile_seconds: dict[str, float] = {}

@@ -43,13 +43,8 @@ def draw_augmentation(config: InversionConfig, generator: torch.Generator | None
 class PublishedInversion:
     """The published iteration, on a copy of the teacher that it hooks.
 
-    Args:
-        teacher: Classifier with BatchNorm2d layers.
-        config: One stage without pooling, with the l2 distance of variances, priors of the augmented images, and no
-            competition.
-        freeze: Switch off the unused gradients of the teacher's parameters, as a careful user does with one more line.
-        compile_mode: Compile everything between the augmented images and the loss; None for eager.
-
+    ``freeze`` switches off the unused gradients of the teacher's parameters, as a careful user does with one more line;
+    ``compile_mode`` compiles everything between the augmented images and the loss.
     """
 
     def __init__(
@@ -87,15 +82,7 @@ class PublishedInversion:
     def loss_terms(
         self, images: Tensor, labels: Tensor, offsets: tuple[int, int] = (0, 0), flip: bool = False
     ) -> Terms:
-        """Return the weighted terms of the loss, and their sum ``"loss"``.
-
-        Args:
-            images: Shape [B, C, H, W].
-            labels: Shape [B].
-            offsets: Pixels by which the batch is rolled down and to the right.
-            flip: Whether the batch is flipped left to right.
-
-        """
+        """Return the weighted terms of the loss of rolled and flipped images, and their sum, "loss"."""
         augmented = torch.roll(images, offsets, (2, 3))
         if flip:
             augmented = torch.flip(augmented, (3,))

@@ -29,6 +29,15 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These networks are too small for more, and threads of several processes would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def teacher_of(dtype=torch.float32):
     return trained_like(CifarResNet("ResNet-8")).to(dtype)
 
