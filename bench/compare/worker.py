@@ -46,7 +46,7 @@ def workloads() -> Iterable[Any]:
     """Return the workloads of this tree, which both sides run."""
     from kdkernels.ops import _cases
 
-    return _cases.workloads()
+    return [row.workload for row in _cases.benchmarks() if row.compared]
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdkernels import cli
-from kdkernels.ops._cases import SHORT_NAMES, workload, workload_functions, workloads
+from kdkernels.ops._cases import SHORT_NAMES, benchmarks, workload, workload_functions
 from kdkernels.testing.comparison import MODES, SMALL, Passes, enter, peak_bytes, relative_error, rotating, true_results
 from kdkernels.testing.timing import (
     HostClock,
@@ -23,7 +23,6 @@ SHAPES = {
     "batch_norm_stats": (4, 3, 5, 6), "batch_norm_tap": (4, 3, 5, 6), "batch_norm_stat_loss": (4, 3, 5, 6),
     "image_prior_losses": (2, 3, 5, 6), "total_variation": (2, 3, 5, 6), "gradient_reversal": (6, 7),
 }  # fmt: skip
-VARIANTS = {"softmax_divergence": "dim=1", "batch_norm_stats": "channels_last"}
 
 
 class FakeClock:
@@ -81,22 +80,30 @@ def test_large_inputs_rotate_and_small_ones_do_not():
     assert next(sets)[0] is next(sets)[0] is small
 
 
-@pytest.mark.parametrize("function", workload_functions())
+SMALL_ROWS = {
+    (row.function, row.variant): replace(row, shape=tuple(map(min, row.shape, (4, 6, 5, 7)))) for row in benchmarks()
+}
+
+
+@pytest.mark.parametrize("row", SMALL_ROWS.values(), ids=lambda row: f"{row.function} {row.variant}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_function_has_a_workload_that_is_right(function, dtype):
-    one = workload(function, SHAPES[function], dtype)
-    for variant in {one.variant, VARIANTS.get(one.op, "")}:
-        one = workload(function, SHAPES[function], dtype, variant)
-        contest = enter(one, "cpu", {"kdkernels": "auto", "reference": "reference"}, {}, {})
-        assert contest.not_timed == {}
-        assert contest.errors["kdkernels"] <= one.tolerance
-        assert SHORT_NAMES[dtype] in one.name
-        assert variant in one.name
+def test_every_function_has_a_workload_that_is_right(row, dtype):
+    one = replace(row, dtype=dtype).workload
+    contest = enter(one, "cpu", {"kdkernels": "auto", "reference": "reference"}, {}, {})
+    assert contest.not_timed == {}
+    assert contest.errors["kdkernels"] <= one.tolerance
+    assert SHORT_NAMES[dtype] in one.name
+    assert row.variant in one.name
 
 
-def test_common_rows_have_names_of_their_own():
-    names = [one.name for one in workloads()]
-    assert len(set(names)) == len(names) > 5
+def test_every_timed_function_is_in_the_benchmark():
+    assert {row.function for row in benchmarks()} == set(workload_functions())
+
+
+def test_rows_have_names_of_their_own():
+    names = [row.workload.name for row in benchmarks()]
+    assert len(set(names)) == len(names)
+    assert sum(row.compared for row in benchmarks()) > 5
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from bench.gpu.part import Part
 from bench.report.data import goals_of, rows_of
 from bench.report.files import load, write_whole
 from bench.report.run import main as draw
+from kdkernels.ops._cases import Benchmark
 from kdkernels.testing.comparison import MODES, Contest
 from kdkernels.testing.timing import HostClock
 
@@ -131,7 +132,7 @@ def test_a_tiny_case_is_checked_and_timed(case):
 
 
 def test_nothing_is_timed_where_our_result_is_wrong():
-    case = gpu_workloads.case("kl_div_with_logits", (8, 37), FP32)
+    case = gpu_workloads.case(Benchmark("kl_div_with_logits", (8, 37)))
     right = case.workload
     (row,) = measured(replace(case, workload=replace(right, ours=lambda s, t: 1.01 * right.ours(s, t))))
     assert row.seconds == {}
@@ -142,7 +143,7 @@ def test_nothing_is_timed_where_our_result_is_wrong():
 
 
 def test_a_rival_that_is_wrong_or_missing_is_no_win():
-    case = gpu_workloads.case("kl_div_with_logits", (8, 37), FP32)
+    case = gpu_workloads.case(Benchmark("kl_div_with_logits", (8, 37)))
     rivals = {"liger": lambda s, t: 2 * case.workload.eager(s, t)}
     case = replace(case, rivals=rivals, missing={"other": "not installed"}, goals={"faster than liger": 1.0})
     row = measured(case)[-1]
@@ -154,13 +155,13 @@ def test_a_rival_that_is_wrong_or_missing_is_no_win():
 
 
 def test_goals_are_met_or_missed():
-    case = gpu_workloads.case("distillation_loss", (128, 100), FP32)
+    case = gpu_workloads.case(Benchmark("distillation_loss", (128, 100)))
     contest = Contest(not_timed={"liger": "not installed"})
     info = gpu_benchmark.rows_of_case(case, contest, "cuda")["full"]["extra_info"]
     info["rounds"] = {"kdkernels": [1.0], "eager": [5.0], "compile": [1.1]}
     info["bytes"] = 90.0
     info["graph"] = {"kdkernels": {"microseconds": 12.5, "launches_forward": 2, "launches_backward": 3}}
-    info["goals"] = {**gpu_workloads.FASTER, **gpu_workloads.SHARE, **gpu_workloads.SMALL}
+    info["goals"] = {**gpu_workloads.FASTER, **gpu_workloads.SHARE, **gpu_workloads.LAUNCHES}
     rows = rows_of({"benchmarks": [{"name": case.name, "extra_info": info}]})
     assert {goal.name: goal.verdict for goal in goals_of(rows, 100.0)} == {
         "faster than eager": "met",
@@ -191,7 +192,7 @@ def test_the_benchmark_is_part_of_the_report_even_if_it_is_cut(tmp_path, monkeyp
     assert [row.failed for row in rows] == ["", "", "", *["not reached in the time"] * 2]
     text = (tmp_path / "out/report.md").read_text()
     assert "**Not passed: benchmark cut.**" in text
-    assert "| distillation_loss | 128×100 | float32 |  | full | warm |" in text
+    assert "| kl_div_with_logits | 8×37 | float32 |  | full | warm |" in text
     draw([str(tmp_path / "out/report.json"), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again/report.md").read_text() == text
 

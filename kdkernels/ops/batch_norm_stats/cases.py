@@ -176,6 +176,7 @@ register(
         Benchmark(TAP, (8, 256, 56, 56), variant="channels_last"),
         Benchmark(TAP, (8, 256, 56, 56)),
         Benchmark(LOSS, (64, 512, 7, 7)),
+        Benchmark("batch_norm_stats", (64, 64, 32, 32)),
     ),
     gpu_benchmarks=(
         Benchmark(TAP, (84, 256, 56, 56)),
