@@ -27,7 +27,9 @@ def run_of(folder, *arguments):
     (folder / "sitecustomize.py").write_text(NO_RIVALS)
     output = folder / "out"
     command = [sys.executable, "-m", "bench.run", "--threads", "1", "--output", str(output), *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+    # pytest-benchmark measures nothing where it sees a worker of pytest-xdist.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**outside, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for name in ("report.md", "report.html", "report.json"):

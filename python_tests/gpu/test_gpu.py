@@ -25,18 +25,13 @@ from torch import Tensor
 import kdkernels
 from kdkernels import functional
 from kdkernels.functional import (
-    batch_norm_stat_loss,
-    batch_norm_stats,
-    batch_norm_tap,
     distillation_loss,
     gradient_reversal,
-    gradient_reversal_linear,
-    image_prior_losses,
     js_div_with_logits,
     kl_div_with_logits,
-    total_variation,
 )
 from kdkernels.ops import _loader
+from kdkernels.ops._cases import registry
 from kdkernels.testing.selftest import tensors_of
 
 
@@ -49,32 +44,18 @@ def classes(*shape: int, count: int) -> Tensor:
 
 
 def calls() -> Iterator[Call]:
-    """Yield a call of every public function, and of every option that selects another kernel."""
-    rows, maps = (normal(64, 1000), normal(64, 1000, seed=1)), (normal(2, 19, 24, 33), normal(2, 19, 24, 33, seed=1))
-    labels, both = classes(64, count=1000), (0, 1)
-    yield Call("kl_div_with_logits", kl_div_with_logits, rows, both)
-    yield Call("kl_div_with_logits, maps", partial(kl_div_with_logits, dim=1, reverse=True), maps, both)
-    yield Call("kl_div_with_logits, long rows", kl_div_with_logits, (normal(5, 70001), normal(5, 70001, seed=1)), both)
-    yield Call("js_div_with_logits", partial(js_div_with_logits, beta=0.3, reduction="none"), rows, both)
-    yield Call("js_div_with_logits, clamped", partial(js_div_with_logits, legacy_clamp=True), rows, both)
-    yield Call("distillation_loss", distillation_loss, (*rows, labels), both)
-    yield Call("distillation_loss, bf16", distillation_loss, (*(x.bfloat16() for x in rows), labels), both)
-    activation = normal(6, 40, 9, 14)
-    channels_last = activation.contiguous(memory_format=torch.channels_last)
-    running = (normal(40, seed=2), normal(40, seed=3).abs() + 0.5)
-    yield Call("batch_norm_stats", batch_norm_stats, (activation,))
-    yield Call("batch_norm_stats, channels_last", batch_norm_stats, (channels_last,))
-    yield Call("batch_norm_tap", batch_norm_tap, (activation,))
-    yield Call("batch_norm_stat_loss", batch_norm_stat_loss, (activation, *running), (0, 1, 2))
-    images = normal(4, 3, 50, 61)
-    yield Call("image_prior_losses", image_prior_losses, (images,))
-    for norm_type in ("l1", "l2", "l2_squared", "isotropic"):
-        yield Call(f"total_variation, {norm_type}", partial(total_variation, norm_type=norm_type), (images,))
-    yield Call("gradient_reversal", partial(gradient_reversal, lambd=0.3), (activation,))
-    inputs = (normal(30, 20), normal(10, 20, seed=1), normal(10, seed=2))
-    yield Call("gradient_reversal_linear", partial(gradient_reversal_linear, lambd=0.3), inputs, (0, 1, 2))
+    """Every small call that the ops register, the quick rows of the benchmark, and each op's largest case."""
+    for name, op in registry().items():
+        for call in op.calls():
+            inputs = tuple(x.float().cuda() if x.is_floating_point() else x.cuda() for x in call.inputs)
+            yield replace(call, name=f"{name}, {call.name}", inputs=inputs)
+        for one in (row.workload for row in op.benchmarks if row.quick):
+            yield Call(one.name, one.ours, one.make("cuda"))
+        largest = max(op.accuracy(torch.float32, "cuda"), key=lambda case: case.samples[0][0].numel())
+        yield Call(f"{name}, {largest.name}", largest.function, largest.samples[0], largest.differentiable)
 
 
+ELSEWHERE = {"batch_norm_stat_distances"}  # called by batch_norm_stat_loss
 CALLS = list(calls())
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 TRITON = importlib.util.find_spec("triton") is not None
@@ -148,7 +129,8 @@ def waiting_raises() -> Iterator[None]:
 
 
 def test_every_public_function_is_called():
-    assert {call.name.split(",")[0] for call in CALLS} == set(functional.__all__)
+    functions = {getattr(call.function, "func", call.function) for call in CALLS}
+    assert {name for name in functional.__all__ if name.islower()} - {f.__name__ for f in functions} <= ELSEWHERE
 
 
 def check_no_wait(call: Call) -> None:

@@ -72,7 +72,11 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
 
 def calls() -> list[Call]:
     """Return small calls in float64."""
-    return [Call("reversal", partial(gradient_reversal, lambd=0.5), (torch.randn(4, 3, dtype=torch.float64),))]
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((4, 3), (2, 3), (2,)))
+    return [
+        Call("reversal", partial(gradient_reversal, lambd=0.5), (x,)),
+        Call("linear", partial(gradient_reversal_linear, lambd=0.5), (x, weight, bias), (0, 1, 2)),
+    ]
 
 
 def _curved(input: Tensor) -> Tensor:
