@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from bench.machine import commit
 from bench.report.data import Ratio, pairwise_ratio
@@ -41,7 +42,6 @@ ROUNDS, SECONDS = 15, 10.0  # of each workload, at most
 ROUND_SECONDS = 0.05  # a turn lasts about so long: much longer than handing over takes
 TOLERANCE = 1e-4
 HEAD = ("workload", "base, ms", "this, ms", "base / this")
-Result = dict[str, Any]
 
 
 class CompareError(Exception):
@@ -156,22 +156,18 @@ class Worker:
         self._process.wait()
 
 
-def difference(base: Sequence[Result], this: Sequence[Result]) -> tuple[float, str]:
-    """Return the largest relative difference that is beyond rounding, and where it is; 0 where results agree."""
-    if [(r["name"], r["shape"], r["dtype"]) for r in base] != [(r["name"], r["shape"], r["dtype"]) for r in this]:
-        return math.inf, "number, shapes or dtypes"
-    worst = (0.0, "")
-    for expected, found in zip(base, this, strict=True):
-        size = math.hypot(*expected["norms"])
-        pairs = zip(expected["norms"] + expected["sums"], found["norms"] + found["sums"], strict=True)
-        # Infinities and NaN agree where both have them.
-        gaps = [0.0 if a == b or (a != a and b != b) else abs(a - b) for a, b in pairs]
-        gap = max(math.inf if gap != gap else gap for gap in gaps)
-        relative = 0.0 if gap == 0 else gap / size if size > 0 else math.inf
-        epsilon = torch.finfo(getattr(torch, expected["dtype"].removeprefix("torch."))).eps
-        if not relative <= max(TOLERANCE, 2 * epsilon):
-            worst = max(worst, (relative if relative == relative else math.inf, expected["name"]))
-    return worst
+def difference(base: Mapping[str, Tensor], this: Mapping[str, Tensor]) -> str:
+    """Return what differs beyond rounding, or nothing."""
+    shapes = [[(name, tensor.shape, tensor.dtype) for name, tensor in side.items()] for side in (base, this)]
+    if shapes[0] != shapes[1]:
+        return "results differ in number, shape or dtype"
+    for name, expected in base.items():
+        a, b = expected.double(), this[name].double()
+        equal = (a == b) | (a.isnan() & b.isnan())
+        gap = (a - b).masked_fill(equal, 0.0).norm() / a.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=1e-300)
+        if not gap <= max(TOLERANCE, 2 * torch.finfo(expected.dtype).eps):
+            return f"results differ by {gap:.1e} ({name})"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -213,10 +209,12 @@ def compare(name: str, base: Worker, this: Worker, rounds: int) -> Row:
         with tempfile.TemporaryDirectory(prefix="kdkernels-") as folder:
             path = str(Path(folder) / "workload.pt")
             this.ask("save", workload=name, path=path)
-            results = [worker.ask("load", path=path)["results"] for worker in (base, this)]
-        gap, where = difference(*results)
-        if where:
-            return Row(name, note=f"results differ by {gap:.1e} ({where})")
+            results = [str(Path(folder) / f"{side}.pt") for side in ("base", "this")]
+            for worker, file in zip((base, this), results, strict=True):
+                worker.ask("load", path=path, results=file)
+            differs = difference(*(torch.load(file, weights_only=True) for file in results))
+        if differs:
+            return Row(name, note=differs)
         before, now = take_turns(base, this, rounds)
     except WorkloadError as error:
         return Row(name, note=str(error))

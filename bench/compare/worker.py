@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,23 +23,6 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import functional
-
-CHUNKS = 16
-
-
-def summary(name: str, tensor: Tensor) -> dict[str, Any]:
-    """Describe a tensor by a few numbers: of each part its norm, and a signed sum that sees what a norm does not."""
-    flat = tensor.detach().to(torch.float64).flatten()
-    parts = flat.tensor_split(min(CHUNKS, max(len(flat), 1)))
-    weights = torch.cos(torch.arange(len(flat), dtype=torch.float64)).tensor_split(len(parts))
-    pairs = zip(parts, weights, strict=True)
-    return {
-        "name": name,
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype),
-        "norms": [part.norm().item() for part in parts],
-        "sums": [(part @ weight / weight.norm().clamp_min(1e-300)).item() for part, weight in pairs],
-    }
 
 
 def workloads() -> Iterable[Any]:
@@ -66,10 +49,10 @@ class Loaded:
         torch.autograd.backward(outputs, self.cotangents)
         return outputs
 
-    def results(self) -> list[dict[str, Any]]:
+    def results(self) -> dict[str, Tensor]:
         self.wanted.grad = None
-        outputs = [summary(f"output {i}", output) for i, output in enumerate(self.step())]
-        return [*outputs, summary("gradient", self.wanted.grad)]
+        outputs = {f"output {i}": output.detach() for i, output in enumerate(self.step())}
+        return {**outputs, "gradient": self.wanted.grad}
 
     def seconds(self, calls: int) -> float:
         """Return the median of some calls after one that finds the caches as the other side left them."""
@@ -86,7 +69,7 @@ class Server:
     """Answers requests; it holds the tensors of one workload at a time."""
 
     def __init__(self) -> None:
-        self.loaded: Loaded | None = None
+        self.loaded: Any = None
 
     def describe(self) -> dict[str, Any]:
         """Say which package is loaded, and whether with its compiled kernels."""
@@ -107,15 +90,14 @@ class Server:
         torch.save((row.function, getattr(row.ours, "keywords", {}), tensors, cotangents), path)
         return {}
 
-    def load(self, path: str) -> dict[str, Any]:
-        """Load a workload from a file, and return a summary of its results."""
-        self.loaded = None
+    def load(self, path: str, results: str) -> dict[str, Any]:
+        """Load a workload from a file, and write its results to another."""
+        self.loaded = None  # gives its memory back first
         self.loaded = Loaded(Path(path))
-        return {"results": self.loaded.results()}
+        torch.save(self.loaded.results(), results)
+        return {}
 
     def round(self, calls: int) -> dict[str, Any]:
-        if self.loaded is None:
-            raise RuntimeError("no workload is loaded")
         return {"seconds": self.loaded.seconds(calls)}
 
     def answer(self, line: str) -> dict[str, Any]:
@@ -128,17 +110,14 @@ class Server:
             return {"error": f"{type(error).__name__}: {error}"}
 
 
-def serve(server: Server, requests: Iterable[str], reply: Callable[[str], Any]) -> None:
-    for line in requests:
-        reply(json.dumps(server.answer(line)) + "\n")
-
-
 def main() -> None:
+    server = Server()
+    torch.set_num_threads(int(sys.argv[1]))
     # Replies alone go to stdout; what anything else prints must not come between them.
     with os.fdopen(os.dup(1), "w", buffering=1) as replies:
         os.dup2(2, 1)
-        torch.set_num_threads(int(sys.argv[1]))
-        serve(Server(), iter(sys.stdin.readline, ""), replies.write)
+        for line in iter(sys.stdin.readline, ""):
+            replies.write(json.dumps(server.answer(line)) + "\n")
 
 
 if __name__ == "__main__":

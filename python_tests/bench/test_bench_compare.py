@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.compare import run as compare
 
 ROOT = Path(__file__).resolve().parents[2]
 
 FAKE = """
-import json, os, sys, time
+import json, os, shutil, sys, time
 print("started", file=sys.stderr, flush=True)
 for line in sys.stdin:
     request = json.loads(line)
@@ -22,9 +23,8 @@ for line in sys.stdin:
         case "list":
             reply = {"workloads": ["one", "two", "other"]}
         case "load":
-            norm = float(os.environ.get("NORM", 1.0))
-            reply = {"results": [{"name": "gradient", "shape": [3], "dtype": "torch.float32", "norms": [norm],
-                                  "sums": [0.5]}]}
+            reply = {}
+            shutil.copy(os.environ["RESULTS"], request["results"])
         case "round":
             reply = {"seconds": 0.01}
         case "fail":
@@ -39,14 +39,13 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def fake(tmp_path):
+def fake(tmp_path, monkeypatch):
+    for factor in (1.0, 1.5):
+        torch.save({"gradient": factor * torch.ones(3)}, tmp_path / f"{factor}.pt")
+    monkeypatch.setenv("RESULTS", str(tmp_path / "1.0.pt"))
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     return lambda name: compare.Worker(name, tmp_path, tmp_path / f"{name}.stderr", script=script)
-
-
-def result(norm=1.0, name="gradient", dtype="float32", total=0.5):
-    return {"name": name, "shape": [3], "dtype": f"torch.{dtype}", "norms": [norm, 2.0], "sums": [total]}
 
 
 def row(name, base, this):
@@ -70,16 +69,23 @@ def test_report():
 
 
 def test_difference():
-    assert compare.difference([result()], [result(1.00001)]) == (0.0, "")
-    gap, where = compare.difference([result(name="output 0"), result()], [result(name="output 0"), result(1.1)])
-    assert gap == pytest.approx(0.1 / math.hypot(1, 2))
-    assert where == "gradient"
-    assert compare.difference([result(total=0.5)], [result(total=-0.5)])[1] == "gradient"
-    assert compare.difference([result(dtype="bfloat16")], [result(1.01, dtype="bfloat16")])[0] == 0
-    assert compare.difference([result(math.nan)], [result(math.nan)])[0] == 0
-    assert compare.difference([result()], [result(math.nan)])[0] == math.inf
-    assert compare.difference([result()], [result(), result()])[0] == math.inf
-    assert compare.difference([result()], [result(dtype="float64")])[0] == math.inf
+    ones = torch.ones(5)
+
+    def differs(base, this):
+        return compare.difference({"output 0": ones, "gradient": base}, {"output 0": ones, "gradient": this})
+
+    assert differs(ones, ones * (1 + 1e-5)) == ""
+    assert differs(ones, 1.1 * ones) == "results differ by 1.0e-01 (gradient)"
+    assert differs(ones, ones * torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0])).startswith("results differ by 8.9e-01")
+    assert differs(torch.zeros(3), torch.zeros(3)) == ""
+    assert differs(ones.bfloat16(), 1.01 * ones.bfloat16()) == ""
+    special = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
+    assert differs(special, special.clone()) == ""
+    assert differs(ones, ones * math.nan) == "results differ by nan (gradient)"
+    assert differs(ones, ones * math.inf) == "results differ by inf (gradient)"
+    for other in (ones[:3], ones.double()):
+        assert differs(ones, other) == "results differ in number, shape or dtype"
+    assert compare.difference({"gradient": ones}, {}) == "results differ in number, shape or dtype"
 
 
 def test_unknown_revision(capsys):
@@ -138,10 +144,10 @@ def test_turns(fake):
     assert turns[2:] == ["this", "base", "base", "this", "this", "base", "base", "this", "this", "base"]
 
 
-def test_results_that_differ_get_no_speed(fake, monkeypatch):
+def test_results_that_differ_get_no_speed(fake, tmp_path, monkeypatch):
     with fake("base") as base:
         base.ask("describe")
-        monkeypatch.setenv("NORM", "1.5")
+        monkeypatch.setenv("RESULTS", str(tmp_path / "1.5.pt"))
         with fake("this") as this:
             (found,) = compare.run(base, this, "two", rounds=3)
     assert found.ratio is None
@@ -181,9 +187,12 @@ def test_this_tree_against_itself(tmp_path):
         assert name in worker.ask("list")["workloads"]
         path = str(tmp_path / "workload.pt")
         worker.ask("save", workload=name, path=path)
-        first, second = (worker.ask("load", path=path)["results"] for _ in range(2))
-        assert [found["name"] for found in first] == ["output 0", "gradient"]
-        assert compare.difference(first, second) == (0.0, "")
+        results = [tmp_path / "first.pt", tmp_path / "second.pt"]
+        for file in results:
+            worker.ask("load", path=path, results=str(file))
+        first, second = (torch.load(file, weights_only=True) for file in results)
+        assert list(first) == ["output 0", "gradient"]
+        assert compare.difference(first, second) == ""
         assert worker.ask("round", calls=2)["seconds"] > 0
         if Path("/proc/self/stat").exists():
             time.sleep(0.05)
@@ -191,7 +200,7 @@ def test_this_tree_against_itself(tmp_path):
             time.sleep(0.5)
             assert processor_seconds(worker._process.pid) - before <= 0.1
         with pytest.raises(compare.WorkloadError, match="FileNotFoundError"):
-            worker.ask("load", path=str(tmp_path / "missing"))
+            worker.ask("load", path=str(tmp_path / "missing"), results=str(results[0]))
         assert "FileNotFoundError" in (tmp_path / "stderr").read_text()
 
 
