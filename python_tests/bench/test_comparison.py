@@ -1,4 +1,4 @@
-"""Timing and comparing: rounds, ratios, and that a contender that is wrong is not timed."""
+"""Timing and comparing: rounds, ratios, and the exclusion of wrong contenders."""
 
 from dataclasses import replace
 
