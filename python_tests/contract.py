@@ -251,13 +251,15 @@ class OpContract(ABC):
             for backend in self.backends():
                 _opcheck(name, backend, arguments)
 
-    def test_fake_cuda_tensors(self, call: Call):
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    def test_fake_cuda_tensors(self, call: Call, dtype: torch.dtype):
         """Shapes, dtypes and devices are right without a device, on the backend that a GPU would take."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        real = tensors_of(call.function(*call.inputs))
+        given = tuple(t.to(dtype) if t.is_floating_point() else t for t in call.inputs)
+        real = tensors_of(call.function(*given))
         with FakeTensorMode():
-            inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in call.inputs)
+            inputs = tuple(torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in given)
             fake = tensors_of(call.function(*inputs))
         for a, b in zip(real, fake, strict=True):
             assert a.shape == b.shape
