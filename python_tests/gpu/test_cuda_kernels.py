@@ -77,6 +77,9 @@ def runs():
         yield Run("plain", tests / f"test_{op}.py", CONTRACT, 3 * count(op))
         for file in sorted(tests.glob(f"test_{op}_*.py")):
             yield Run("plain", file, BESIDE_THE_CONTRACT, 1)
+        for file in tests.glob(f"emulated_{op}.py"):
+            yield Run("plain", file, "", 1)
+            yield Run("undefined", file, "", 1)
         for variant in ("race", "undefined"):
             yield Run(variant, tests / f"test_{op}.py", CHECKED, count(op) + count(op, DTYPES[:1]))
     cases = sum(map(count, ops))

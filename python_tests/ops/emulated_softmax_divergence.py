@@ -1,10 +1,6 @@
-"""How the launches of the CUDA kernels divide the work; test_cuda_kernels.py runs this in a process that has them."""
+"""How the launches of the CUDA kernels divide the work; test_cuda_kernels.py runs this."""
 
 import pytest
-from contract import TARGET
-
-if TARGET != "emulated":
-    pytest.skip("the emulated kernels are in a process of their own", allow_module_level=True)
 from cuda_host.plans import BIG, check_launch
 
 
