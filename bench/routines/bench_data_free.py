@@ -38,7 +38,9 @@ def eager_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def our_round(teacher: nn.Module, student: nn.Module) -> Tensor:
     """Train the student in place, and return the images."""
-    pool, _ = data_free_distill(teacher, student, IMAGE_SHAPE, NUM_CLASSES, INVERSION, CONFIG, progress=False)
+    pool, _ = data_free_distill(
+        teacher, student, IMAGE_SHAPE, NUM_CLASSES, inversion=INVERSION, config=CONFIG, progress=False
+    )
     return pool.images
 
 

@@ -120,7 +120,7 @@ def synthesize(
     for index in range(settings.batches):
         generator = batch_generator(seed, index)
         labels = balanced_labels(config.batch_size, NUM_CLASSES, generator)
-        batches.append(inverter.synthesize(labels, generator))
+        batches.append(inverter.synthesize(labels, generator=generator))
     return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]), batches[0].history
 
 

@@ -53,7 +53,14 @@ def run(options: argparse.Namespace) -> int:
         temperature=options.temperature,
     )
     pool, history = data_free_distill(
-        teacher, student, shape, num_classes, inversion, config, seed=options.seed, folder=options.output
+        teacher,
+        student,
+        shape,
+        num_classes,
+        inversion=inversion,
+        config=config,
+        seed=options.seed,
+        folder=options.output,
     )
     weights = options.output / "student.safetensors"
     save_file({name: tensor.contiguous().cpu() for name, tensor in student.state_dict().items()}, weights)

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         generator = batch_generator(options.seed, index)
         labels = classes[balanced_labels(config.batch_size, len(classes), generator)]
         with progress_bar(config, f"batch {index + 1} of {options.batches}", True) as advance:
-            result = inverter.synthesize(labels, generator, progress=advance)
+            result = inverter.synthesize(labels, generator=generator, progress=advance)
         save_grid(options.output / f"grid_{index:05d}.png", result.images[:256], mean=config.mean, std=config.std)
         save_curves(options.output / f"curves_{index:05d}.png", {"terms of the loss": result.history}, "iteration")
         (options.output / f"history_{index:05d}.json").write_text(json.dumps(result.history))

@@ -64,9 +64,9 @@ def data_free_distill(
     student: nn.Module,
     image_shape: tuple[int, int, int],
     num_classes: int,
+    *,
     inversion: InversionConfig,
     config: DataFreeConfig = DataFreeConfig(),
-    *,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -112,7 +112,7 @@ def data_free_distill(
                 generator = batch_generator(seed, index)
                 labels = balanced_labels(inversion.batch_size, num_classes, generator)
                 with progress_bar(inversion, f"batch {index + 1}", progress) as advance:
-                    result = inverter.synthesize(labels, generator, progress=advance)
+                    result = inverter.synthesize(labels, generator=generator, progress=advance)
                 pool.add(result.images, result.labels)
         torch.manual_seed(seed * 1_000_003 + number)
         images = pool.images[: (number + 1) * config.batches * inversion.batch_size]

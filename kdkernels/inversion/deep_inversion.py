@@ -159,8 +159,8 @@ class DeepInversion:
     def synthesize(
         self,
         labels: Tensor,
-        generator: torch.Generator | None = None,
         *,
+        generator: torch.Generator | None = None,
         progress: Callable[[int, dict[str, Tensor]], None] | None = None,
     ) -> Synthesis:
         """Synthesize one image for each label.

@@ -237,6 +237,7 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
         "contiguous": tensor.contiguous(),
         "transposed": tensor.transpose(0, -1).contiguous().transpose(0, -1),
         "sliced": torch.stack((tensor, -tensor), -1).flatten(-2)[..., ::2],
+        "part": torch.cat((tensor, -tensor), 1)[:, : tensor.shape[1]],
         "offset": torch.cat((tensor.new_zeros(3), tensor.flatten()))[3:].view(tensor.shape),
     }
     if tensor.dim() in (4, 5):

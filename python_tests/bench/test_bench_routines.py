@@ -123,7 +123,7 @@ def test_roll_comes_before_the_flip_and_before_the_prior():
 def test_published_synthesis_equals_ours(name):
     config = replace(CONFIGS[name], stages=(Stage(5),))
     teacher, labels = teacher_of(torch.float64), torch.arange(4)
-    expected = DeepInversion(teacher, SHAPE[1:], config).synthesize(labels, torch.Generator().manual_seed(3))
+    expected = DeepInversion(teacher, SHAPE[1:], config).synthesize(labels, generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(4, *SHAPE[1:], generator=generator).double()
     published = PublishedInversion(teacher, config)
@@ -175,7 +175,7 @@ def test_what_was_not_published_is_refused(change):
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_the_timed_iteration_is_that_of_the_package(keep):
     config, teacher, labels = replace(CONFIG, keep=keep), teacher_of(), torch.arange(4)
-    expected = DeepInversion(teacher, SHAPE[1:], config).synthesize(labels, torch.Generator().manual_seed(3))
+    expected = DeepInversion(teacher, SHAPE[1:], config).synthesize(labels, generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(4, *SHAPE[1:], generator=generator)
     before = state_of(teacher)

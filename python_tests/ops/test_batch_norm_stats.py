@@ -252,7 +252,7 @@ def test_module_shows_what_it_computes():
     samples=st.integers(1, 9),
     channels=st.sampled_from([1, 2, 3, 16, 17, 70]),
     sizes=st.sampled_from([(), (1,), (5,), (3, 4), (1, 1), (7, 33), (2, 3, 4)]),
-    layout=st.sampled_from(["contiguous", "transposed", "sliced", "offset", "channels_last"]),
+    layout=st.sampled_from(["contiguous", "transposed", "sliced", "part", "offset", "channels_last"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     mean=st.sampled_from([0.0, 3.0, -50.0]),
     seed=st.integers(0, 2**16),

@@ -254,7 +254,7 @@ def test_modules_compute_what_they_show():
     temperature=st.sampled_from(TEMPERATURES),
     divergence=st.sampled_from([*DIVERGENCES, "clamped_js"]),
     reduction=st.sampled_from(REDUCTIONS),
-    layout=st.sampled_from(["contiguous", "transposed", "sliced", "offset", "channels_last"]),
+    layout=st.sampled_from(["contiguous", "transposed", "sliced", "part", "offset", "channels_last"]),
     dtypes=st.sampled_from([(torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]),
     rows=st.integers(0, 9),
     labels=st.booleans(),

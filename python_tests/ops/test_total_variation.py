@@ -246,7 +246,7 @@ def test_modules_show_what_they_compute():
     shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 20), st.integers(1, 40)),
     norm=st.sampled_from([*NORMS, None]),
     reduction=st.sampled_from(REDUCTIONS),
-    layout=st.sampled_from(["contiguous", "transposed", "sliced", "offset", "channels_last"]),
+    layout=st.sampled_from(["contiguous", "transposed", "sliced", "part", "offset", "channels_last"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 2**16),
 )

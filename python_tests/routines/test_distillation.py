@@ -128,7 +128,16 @@ def data_free(folder, **options):
     torch.manual_seed(0)
     teacher, student = SmallCNN(4).eval(), SmallCNN(3)
     pool, history = data_free_distill(
-        teacher, student, (1, 8, 8), 10, INVERSION, CONFIG, seed=5, folder=folder, progress=False, **options
+        teacher,
+        student,
+        (1, 8, 8),
+        10,
+        inversion=INVERSION,
+        config=CONFIG,
+        seed=5,
+        folder=folder,
+        progress=False,
+        **options,
     )
     return pool, history, student
 
@@ -182,7 +191,15 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     other = SmallCNN(4)
     with pytest.raises(ValueError, match=r"holds a run with other settings \(seed, teacher\)"):
         data_free_distill(
-            other, SmallCNN(3), (1, 8, 8), 10, INVERSION, CONFIG, seed=6, folder=tmp_path / "run", progress=False
+            other,
+            SmallCNN(3),
+            (1, 8, 8),
+            10,
+            inversion=INVERSION,
+            config=CONFIG,
+            seed=6,
+            folder=tmp_path / "run",
+            progress=False,
         )
 
 

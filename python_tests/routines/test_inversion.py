@@ -125,9 +125,9 @@ def test_synthesis_is_seeded_and_leaves_the_networks_unchanged():
     labels = torch.arange(10)
     config = replace(SHORT, compete_weight=1.0)
     inverter = DeepInversion(teacher, (1, 8, 8), config, student=student)
-    first = inverter.synthesize(labels, torch.Generator().manual_seed(3))
-    again = inverter.synthesize(labels, torch.Generator().manual_seed(3))
-    other = inverter.synthesize(labels, torch.Generator().manual_seed(4))
+    first = inverter.synthesize(labels, generator=torch.Generator().manual_seed(3))
+    again = inverter.synthesize(labels, generator=torch.Generator().manual_seed(3))
+    other = inverter.synthesize(labels, generator=torch.Generator().manual_seed(4))
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
     assert torch.equal(first.labels, labels)
@@ -141,7 +141,7 @@ def test_synthesis_is_seeded_and_leaves_the_networks_unchanged():
 
 def test_images_approach_the_statistics(digits_teacher):
     inverter = DeepInversion(digits_teacher, (1, 8, 8), PRESETS["digits"].with_iterations(100))
-    result = inverter.synthesize(torch.arange(100) % 10, torch.Generator().manual_seed(0))
+    result = inverter.synthesize(torch.arange(100) % 10, generator=torch.Generator().manual_seed(0))
     assert result.history["features"][-1] < 0.5 * result.history["features"][0]
 
 
@@ -149,7 +149,7 @@ def test_best_images_are_those_of_the_lowest_loss():
     teacher = trained_like(SmallCNN(4))
     config = replace(PRESETS["digits"], stages=(Stage(6),), jitter=0, keep="best", learning_rate=3.0)
     inverter = DeepInversion(teacher, (1, 8, 8), config)
-    result = inverter.synthesize(torch.arange(10), torch.Generator().manual_seed(0))
+    result = inverter.synthesize(torch.arange(10), generator=torch.Generator().manual_seed(0))
     loss = inverter.objective(result.images, result.labels)["loss"].item()
     assert loss == pytest.approx(min(result.history["loss"]), rel=1e-6)
 
@@ -177,7 +177,7 @@ def test_competition_makes_teacher_and_student_disagree():
     for weight in (0.0, 10.0):
         config = replace(PRESETS["digits"].with_iterations(60), compete_weight=weight)
         inverter = DeepInversion(teacher, (1, 8, 8), config, student=student)
-        images = inverter.synthesize(torch.arange(40) % 10, torch.Generator().manual_seed(0)).images
+        images = inverter.synthesize(torch.arange(40) % 10, generator=torch.Generator().manual_seed(0)).images
         teacher.eval(), student.eval()
         with torch.no_grad():
             disagreement.append(js_div_with_logits(student(images), teacher(images), temperature=3.0).item())

@@ -74,7 +74,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         options: dict[str, Any] = {"unbiased": bool(i % 2)}
         ours, eager = partial(batch_norm_stats, **options), partial(eager_stats, **options)
         yield Case(f"statistics of {list(shape)}", ours, eager, samples(shape))
-    for layout in ("transposed", "sliced", "offset", "channels_last"):
+    for layout in ("transposed", "sliced", "part", "offset", "channels_last"):
         for shape in ((2, 20, 5, 7), (3, 6, 2, 4, 3)):
             of = samples(shape, lambda x, layout=layout: layouts(x)[layout])  # type: ignore[misc]
             yield Case(f"{layout} {list(shape)}", batch_norm_stats, eager_stats, of)

@@ -29,7 +29,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     for lambd in (0.0, 1.0, 0.3, -2.0):
         ours, eager = partial(gradient_reversal, lambd=lambd), partial(eager_reversal, lambd=lambd)
         yield Case(f"lambda {lambd}", ours, eager, tuple((normal((7, 33)),) for _ in range(2)))
-    for layout in ("transposed", "sliced", "offset", "channels_last"):
+    for layout in ("transposed", "sliced", "part", "offset", "channels_last"):
         of = tuple((layouts(normal((2, 3, 5, 4)))[layout],) for _ in range(2))
         yield Case(f"{layout}", gradient_reversal, eager_reversal, of)
     yield Case("a large activation", gradient_reversal, eager_reversal, ((normal((300, 400)),),))

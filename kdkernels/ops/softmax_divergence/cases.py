@@ -128,7 +128,8 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         yield Case(f"beta {beta}", partial(js_div_with_logits, beta=beta), eager, tuple(pairs((16, 50))), both)
 
     # Layouts, with the classes first, in the middle and last
-    for layout, dim in (("contiguous", 1), ("channels_last", 1), ("transposed", -1), ("sliced", 1), ("offset", 2)):
+    of_layout = {"contiguous": 1, "channels_last": 1, "transposed": -1, "sliced": 1, "part": -1, "offset": 2}
+    for layout, dim in of_layout.items():
         for shape in ((2, 19, 5, 7), (3, 130, 2, 3)):
             samples = tuple((layouts(s)[layout], layouts(t)[layout]) for s, t in pairs(shape, count=2))
             options = {"dim": dim, "reduction": "none"}

@@ -72,7 +72,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             ours, eager = partial(total_variation, **options), partial(eager_variation, **options)
             shape = [s for s in SHAPES if s[2] > 1 and s[3] > 1][(i + j) % 4]
             yield Case(f"{norm_type} in {directions} directions, {reduction}", ours, eager, samples(shape))
-    for layout in ("transposed", "sliced", "offset", "channels_last"):
+    for layout in ("transposed", "sliced", "part", "offset", "channels_last"):
         for shape in ((2, 3, 8, 21), (2, 20, 5, 6)):
             of = samples(shape, lambda x, layout=layout: layouts(x)[layout])  # type: ignore[misc]
             yield Case(f"priors of {layout} {list(shape)}", image_prior_losses, eager_priors, of)
