@@ -93,8 +93,8 @@ class JSDivWithLogitsLoss(Module):
 class DistillationLoss(Module):
     """Module of :func:`kdkernels.functional.distillation_loss`.
 
-    Call it with student logits, teacher logits and, for the cross-entropy term, labels. Weights left out are those of
-    the function: 0.9 and 0.1 with labels, 1 and 0 without.
+    Call it with student logits, teacher logits and, for the cross-entropy term, labels. The default weights are those
+    of the function: 0.9 and 0.1 with labels, 1 and 0 without.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class BatchNormStatLoss(Module):
         self.unbiased = unbiased
 
     def forward(self, input: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-        """Return the distance of the activation's statistics from the running ones."""
+        """Return the distance of the activation's statistics from the running statistics."""
         return functional.batch_norm_stat_loss(
             input, running_mean, running_var, mode=self.mode, moment=self.moment, unbiased=self.unbiased
         )
@@ -298,7 +298,7 @@ class WarmStartGradientReversal(Module):
 
 
 class GradientReversalLinear(Linear):
-    """A linear layer on a reversed gradient, the reversal folded into the backward's matrix product.
+    """A linear layer with a reversed gradient, the reversal folded into the backward's matrix product.
 
     Takes the arguments of :class:`torch.nn.Linear`, and the coefficient, which is a buffer. See
     :func:`kdkernels.functional.gradient_reversal_linear`.

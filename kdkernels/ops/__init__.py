@@ -1,1 +1,1 @@
-"""The contract of every op, one file each: schema, checks, fake, autograd, and the public functions with their docs."""
+"""The ops, one folder each: schema, checks, fake implementation, autograd, and the public functions with their docs."""

@@ -12,9 +12,9 @@ def pull_back(
     """Return the cotangents of a gradient's arguments, None for those that were not given.
 
     Args:
-        gradient: Takes the optional arguments, None where they were not given, and the required one.
+        gradient: Function of the optional arguments, None for those that were not given, and of the required one.
         optional: Incoming gradients, some of which may be None.
-        required: The tensor by which the gradient is taken.
+        required: Tensor that the gradient is taken with respect to.
         cotangent: Cotangent of the result.
 
     """

@@ -1,6 +1,6 @@
-"""What every op is tested, timed and checked with: a registry that each op's ``cases.py`` fills.
+"""Registry of the inputs that ops are tested and timed with; each op's ``cases.py`` fills it.
 
-Tests, the benchmark, the self-test, the emulator and the GPU run look ops up here; none of them names one.
+Tests, the benchmark, the self-test, the emulator and the GPU run look ops up here; none of them names an op.
 """
 
 import importlib
@@ -21,13 +21,13 @@ SHORT_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp1
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of input of one function, for comparing results with the formula.
+    """One kind of input to a function, for comparing its results with the formula.
 
     Attributes:
-        name: What is particular about it.
-        function: A public function with its options bound; it takes a sample's tensors.
+        name: What distinguishes it from the other cases.
+        function: Public function with its options bound, called with the tensors of a sample.
         eager: The same formula in plain PyTorch, as a user would write it.
-        samples: The tensors of each sample.
+        samples: Tensors of each sample.
         differentiable: Positions of the tensors that get a gradient.
 
     """
@@ -67,13 +67,13 @@ class Benchmark:
     """A row of the benchmark: a function on tensors of one shape and dtype.
 
     Attributes:
-        function: The function's name in ``kdkernels.functional``.
+        function: Name of the function in ``kdkernels.functional``.
         shape: Shape of the large tensors.
         dtype: Dtype of the large tensors.
-        variant: A class dimension or a memory format, as :func:`workload` takes it.
-        quick: Whether it belongs to the chosen set, which takes minutes.
+        variant: Class dimension or memory format; see :func:`workload`.
+        quick: Whether it belongs to the quick set, which takes minutes.
         compared: Whether ``make bench-compare`` times it.
-        goals: Speed-ups aimed for, such as ``{"faster than eager": 4.0}``; None for those of the device.
+        goals: Target speed-ups, such as ``{"faster than eager": 4.0}``; None for the goals of the device.
 
     """
 
@@ -93,20 +93,20 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the benchmark: a function on tensors of one shape and dtype, with the gradient to the first of them.
+    """One row of the benchmark: a function on tensors of one shape and dtype, with the gradient of the first of them.
 
     Attributes:
-        op: The op's folder.
-        function: The function's name in ``kdkernels.functional``.
+        op: Name of the op's folder.
+        function: Name of the function in ``kdkernels.functional``.
         shape: Shape of the large tensors.
         dtype: Dtype of the large tensors.
-        variant: A class dimension or a memory format.
-        ours: The public function with its options bound.
+        variant: Class dimension or memory format.
+        ours: Public function with its options bound.
         eager: The same formula in plain PyTorch, as a user would write it.
-        make: Draws the tensors on a device.
-        passes: By type of device, how often forward and backward read or write a tensor of that shape, for the incoming
+        make: Function that draws the tensors on a device.
+        passes: How often forward and backward read or write a tensor of that shape, by device type, with the incoming
             gradient of the benchmark. The op's contract states them.
-        cotangents: Draws the incoming gradients of the outputs; None for a loss, whose gradient is 1.
+        cotangents: Function that draws the incoming gradients of the outputs; None for a loss, whose gradient is 1.
 
     """
 
@@ -123,7 +123,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """The function, the shape, and what else is particular."""
+        """The function, the shape, the dtype, and the variant if there is one."""
         parts = [f"{self.function} {list(self.shape)} {SHORT_NAMES[self.dtype]}", self.variant]
         return ", ".join(filter(None, parts))
 
@@ -134,7 +134,7 @@ class Workload:
 
     @property
     def tolerance(self) -> float:
-        """The largest relative error of our results for which they count as right."""
+        """The largest relative error with which our results count as correct."""
         return 1e-4 if self.dtype.itemsize >= 4 else 1e-2
 
 
@@ -143,12 +143,12 @@ class OpCases:
     """What an op registers.
 
     Attributes:
-        op: The op's folder.
-        accuracy: Yields the cases of a dtype on a device.
-        calls: Returns small calls in float64, at most 50 elements an input.
-        far_calls: Calls for tensors of more elements than 32 bits count.
-        functions: The functions that are timed.
-        workload: Returns the workload of one of these functions for a shape, a dtype and a variant.
+        op: Name of the op's folder.
+        accuracy: Function that yields the cases of a dtype on a device.
+        calls: Function that returns small calls in float64, with at most 50 elements in each input.
+        far_calls: Calls on tensors that 32-bit offsets cannot span.
+        functions: Functions that are timed.
+        workload: Function that returns the workload of one of these functions for a shape, a dtype and a variant.
         benchmarks: Rows of the CPU benchmark.
         gpu_benchmarks: Rows of the GPU benchmark, the most important first.
 
@@ -168,13 +168,13 @@ _registry: dict[str, OpCases] = {}
 
 
 def register(package: str, **entries: Any) -> None:
-    """Enter an op; called by its ``cases.py`` with ``__package__`` and the fields of :class:`OpCases`."""
+    """Register an op; called by its ``cases.py`` with ``__package__`` and the fields of :class:`OpCases`."""
     op = package.rpartition(".")[2]
     _registry[op] = OpCases(op, **entries)
 
 
 def registry() -> dict[str, OpCases]:
-    """Return what every op has registered, by op."""
+    """Return the entries of all ops, by op."""
     names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg)
     for name in names:
         importlib.import_module(f"kdkernels.ops.{name}.cases")
@@ -193,10 +193,10 @@ def workload(function: str, shape: Sequence[int], dtype: torch.dtype = torch.flo
         function: A name in :func:`workload_functions`.
         shape: Shape of the large tensors: logits, images, an activation.
         dtype: Dtype of the large tensors.
-        variant: Empty, or one that the function has, such as ``"dim=1"`` or ``"channels_last"``.
+        variant: Empty, or a variant of the function, such as ``"dim=1"`` or ``"channels_last"``.
 
     Raises:
-        ValueError: There is no such function or variant, or the shape does not suit it.
+        ValueError: There is no such function or variant, or the shape does not fit.
 
     """
     makers = workload_functions()
@@ -208,7 +208,7 @@ def workload(function: str, shape: Sequence[int], dtype: torch.dtype = torch.flo
 
 
 def workload_functions() -> dict[str, Callable[[str, tuple[int, ...], torch.dtype, str], Workload]]:
-    """Return what makes the rows of the benchmark, by the function that they measure."""
+    """Return the functions that make rows of the benchmark, by the function that they measure."""
     return {name: op.workload for op in registry().values() if op.workload for name in op.functions}
 
 
@@ -218,21 +218,21 @@ def benchmarks() -> list[Benchmark]:
 
 
 def gpu_benchmarks() -> Iterator[Benchmark]:
-    """Yield the rows of the GPU benchmark, the first of every op before the second of any."""
+    """Yield the rows of the GPU benchmark: the first row of every op, then the second, and so on."""
     waiting = [list(op.gpu_benchmarks) for op in registry().values()]
     while any(waiting):
         yield from (rows.pop(0) for rows in waiting if rows)
 
 
 def one_of(variant: str, variants: Sequence[str]) -> str:
-    """Return a variant that is among those of a function; raise ValueError otherwise."""
+    """Return a variant if the function has it; raise ValueError otherwise."""
     if variant not in variants:
         raise ValueError(f"variant must be one of {', '.join(map(repr, variants))}, got {variant!r}")
     return variant
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
-    """Return tensors equal to a given one in other memory layouts, none of them written to."""
+    """Return tensors equal to a given one in several memory layouts; they must not be written to."""
     result = {
         "contiguous": tensor.contiguous(),
         "transposed": tensor.transpose(0, -1).contiguous().transpose(0, -1),
@@ -247,5 +247,5 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
-    """Draw standard normal numbers, the same for every device."""
+    """Draw standard normal numbers, the same on every device."""
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)

@@ -1,4 +1,4 @@
-"""Checks of arguments that several ops share. Each names the argument, what it was, and what is accepted."""
+"""Checks of arguments that several ops share. Each message names the argument, its value, and what is accepted."""
 
 import math
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ def check_scalar(
 
     Args:
         name: Name of the argument.
-        value: What was given. A tensor whose value cannot be read here is checked by the CPU kernel.
-        like: The tensor that it is used with.
+        value: The argument. A tensor whose value cannot be read here is checked by the CPU kernel.
+        like: Tensor that it is used with.
         minimum: Smallest accepted number; 0 with ``maximum=inf`` means positive.
         maximum: Largest accepted number. Infinity and NaN are not accepted.
         grad: Whether the function computes a gradient for it.
@@ -56,7 +56,7 @@ def check_scalar(
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.dtype not in FLOATING:
             raise ValueError(
-                f"{name} must be a number or a 0-dim floating tensor, got a tensor of shape {tuple(value.shape)} "
+                f"{name} must be a number or a 0-dim floating-point tensor, got a tensor of shape {tuple(value.shape)} "
                 f"and {value.dtype}"
             )
         if value.device.type != "cpu" and value.device != like.device:
@@ -79,16 +79,16 @@ def check_scalar(
 
 
 def _readable(scalar: Tensor) -> bool:
-    """Tell whether a tensor has a value that Python may see: on the CPU, neither traced nor transformed."""
+    """Tell whether Python may read the value of a tensor: on the CPU, neither traced nor transformed."""
     plain = type(scalar) is Tensor or type(scalar) is torch.nn.Parameter
     traced = torch.compiler.is_compiling() or _registry.is_transformed()
     return plain and scalar.device.type == "cpu" and not traced
 
 
 def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    """Turn a Python number into the 0-dim tensor that enters an op.
+    """Turn a Python number into the 0-dim tensor that an op takes.
 
-    Inside a compiled graph it becomes one by multiplication: a constant would compile again for every value.
+    Inside a compiled graph the tensor comes from a multiplication: a constant would be compiled again for every value.
     """
     if isinstance(value, Tensor):
         return value

@@ -1,4 +1,4 @@
-"""Loads the compiled libraries, and records why the others are missing."""
+"""Loads the compiled libraries, and records why any are missing."""
 
 import importlib
 import importlib.util
@@ -38,12 +38,12 @@ def load_libraries() -> None:
         _compiled[name] = library.build_info()
 
 
-# Which kernels the native backend has for a type of device. Tests let those of a GPU stand in for those of a CPU.
+# Kernels of the native backend, by device type. Tests replace the kernels of the CPU with those of a GPU.
 _native_kernels = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def native_kernels(device_type: str) -> str | None:
-    """Return which kernels are the native ones on a type of device, ``"cpu"`` or ``"cuda"``, or None."""
+    """Return which kernels are native on a type of device: ``"cpu"``, ``"cuda"``, or None."""
     return _native_kernels.get(device_type)
 
 
@@ -55,28 +55,28 @@ def why_missing(device_type: str) -> str | None:
 def why_not_device(index: int | None) -> str | None:
     """Return why the CUDA kernels cannot run on a GPU, or None if they can; called before the first launch."""
     if "_cuda" not in _compiled or not torch.cuda.is_initialized():
-        return None  # nothing runs: the tensors are fake
+        return None  # the tensors are fake, so nothing runs
     index = torch.cuda.current_device() if index is None else index
     if index not in _devices:
         _devices[index] = _compare(torch.cuda.get_device_capability(index), _compiled["_cuda"]["architectures"])
     return _devices[index]
 
 
-# What torch.compiler.assume_constant_result sets: the function itself would import torch._dynamo, which takes seconds.
+# Set as by torch.compiler.assume_constant_result, which itself would import torch._dynamo and take seconds.
 why_not_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _compare(capability: tuple[int, int], architectures: list[str]) -> str | None:
-    """Return why none of the architectures, such as "sm_90" or "compute_90" (PTX), serves a capability."""
+    """Return why no architecture, such as "sm_90" or "compute_90" (PTX), serves a capability, or None if one does."""
     major, minor = capability
     for architecture in architectures:
         kind, _, number = architecture.partition("_")
         at = divmod(int(number.rstrip("af")), 10)
-        if number.endswith("a"):  # code for one GPU alone
+        if number.endswith("a"):  # code for this capability only
             served = at == capability
-        elif kind == "sm" or number.endswith("f"):  # later minor versions too
+        elif kind == "sm" or number.endswith("f"):  # also runs on later minor versions
             served = at[0] == major and at[1] <= minor
-        else:  # PTX: everything later
+        else:  # PTX runs on everything later
             served = at <= capability
         if served:
             return None

@@ -1,11 +1,11 @@
-"""What the references have in common: the dtype to compute in, and functions with a gradient at 0."""
+"""What the references share: the dtype to compute in, and functions with a gradient at 0."""
 
 import torch
 from torch import Tensor
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return float64 where a tensor has it, else float32: nothing is computed in 16 bits."""
+    """Return float64 if any tensor has it, else float32: nothing is computed in 16 bits."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 

@@ -37,7 +37,7 @@ class Op:
     def run(self, backend: str, *arguments: Any) -> Any:
         """Compute with a backend.
 
-        In eager mode an autograd function calls the overload: that costs half as much as a registered formula, and
+        In eager mode an autograd function calls the overload, which costs half as much as a registered formula and
         works under ``torch.func``.
         """
         if self.functions and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -80,7 +80,7 @@ class Op:
 
 
 def returns(cls: type[tuple[Tensor, ...]]) -> type[tuple[Tensor, ...]]:
-    """Decorate a named tuple that functions return, so that ``torch.export.save`` can serialize it."""
+    """Decorate the named tuple of a function's results, so that ``torch.export.save`` can serialize it."""
     torch.utils._pytree._register_namedtuple(cls, serialized_type_name=f"kdkernels.functional.{cls.__name__}")
     return cls
 
@@ -125,7 +125,7 @@ _kernels: set[tuple[str, str, str]] = set()
 
 
 def find_kernels() -> None:
-    """Record for which devices each overload has a kernel; called after the libraries are loaded."""
+    """Record which devices each overload has a kernel for; called after the libraries are loaded."""
     for op in _ops.values():
         for backend in op.overloads:
             for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA")):
@@ -147,9 +147,9 @@ def define(
     Args:
         name: Name of the op.
         signature: Signature without the name, such as ``(Tensor input) -> Tensor``.
-        reference: Computes the op in PyTorch on any device.
-        fake: Computes shapes and dtypes of the results from fake tensors, and checks the shapes of the arguments.
-        setup_context: Saves what the backward needs; ``ctx.backend`` is set before.
+        reference: Implementation in PyTorch, for any device.
+        fake: Shapes and dtypes of the results, from fake tensors; it checks the shapes of the arguments.
+        setup_context: Function that saves what the backward needs; ``ctx.backend`` is set before it is called.
         backward: Autograd formula; ``ctx.backend`` is the backend of the forward.
 
     """
@@ -237,12 +237,12 @@ def set_debug(enabled: bool) -> None:
 
 
 def checks_values(device: torch.device) -> bool:
-    """Tell whether to check values before a kernel that does not check them itself."""
+    """Tell whether to check values before calling a kernel that does not check them itself."""
     return _debug and device.type != "cpu"
 
 
 def values_are_visible(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor's values may be read here without making the host wait for a device."""
+    """Tell whether a tensor's values may be read here: on the CPU, or on a device if debugging is on."""
     return tensor.device.type == "cpu" or _debug
 
 

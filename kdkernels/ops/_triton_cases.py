@@ -13,9 +13,9 @@ class Variant:
     """One compilation of a kernel.
 
     Attributes:
-        kernel: The kernel.
-        name: What is particular about this compilation.
-        arguments: Types of the arguments by name; a number is a compile-time constant, a tuple stands for its parts.
+        kernel: Kernel to compile.
+        name: What distinguishes this compilation from the others.
+        arguments: Types of the arguments by name; a number is a compile-time constant, a tuple holds several types.
         constants: Values of the ``constexpr`` parameters.
         warps: Number of warps.
         wide: Instructions that the machine code must contain.

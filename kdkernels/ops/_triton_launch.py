@@ -1,4 +1,4 @@
-"""What every launch needs: scalars that may lie on either side, the device, powers of two."""
+"""What every launch needs: scalars on the host or the device, the current device, powers of two."""
 
 import contextlib
 import struct
@@ -16,13 +16,13 @@ def known_to_host(scalar: Tensor) -> bool:
 
 
 def bits_of(number: float) -> int:
-    """Return the bits of a double: Triton passes a Python float in 32 bits, an integer whole."""
+    """Return the bits of a double: Triton passes a Python float in 32 bits, but an integer in full."""
     bits: int = struct.unpack("q", struct.pack("d", number))[0]
     return bits
 
 
 def argument(scalar: Tensor) -> Tensor | int:
-    """Return what a kernel takes for a 0-dim tensor and reads with :func:`scalar_of`."""
+    """Return the argument to pass for a 0-dim tensor; the kernel reads it with :func:`scalar_of`."""
     return bits_of(float(scalar)) if known_to_host(scalar) else scalar
 
 
@@ -47,5 +47,5 @@ def device_of(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 def power_of_two(number: int, smallest: int = 1, largest: int = 1 << 20) -> int:
-    """Return the power of two that is not less than a number, within bounds that are powers of two."""
+    """Return the smallest power of two not less than a number, within bounds that are powers of two."""
     return min(max(1 << max(number - 1, 0).bit_length(), smallest), largest)

@@ -1,4 +1,4 @@
-"""exp, expm1, log and log1p within about one unit in the last place, for fp32 and fp64, and their accurate rests.
+"""exp, expm1, log and log1p within about one unit in the last place, for fp32 and fp64, and their remainders.
 
 The hardware's exp2 and log2 are off by several units, and lose all of them where a divergence cancels. The polynomials
 are Chebyshev interpolants in higher precision.
@@ -12,8 +12,8 @@ import triton.language as tl
 def exp_parts(x):
     """Return power, r and tail for x not below the lowest: e^x = power * (1 + r + tail), tail = e^r - 1 - r.
 
-    power = 2^n, and r = x - n ln(2) is in [-ln(2)/2, ln(2)/2]. Adding 1.5 * 2^52 (2^23) rounds to an integer, whose
-    bits are then the low ones; the first part of ln(2) has so few bits that n times it is exact.
+    power = 2^n, and r = x - n ln(2) is in [-ln(2)/2, ln(2)/2]. Adding 1.5 * 2^52 (2^23) rounds to an integer and
+    leaves its bits in the low ones. The first part of ln(2) has few enough bits that its product with n is exact.
     """
     if x.dtype == tl.float64:
         shifted = x * 1.4426950408889634 + 6755399441055744.0
@@ -38,7 +38,7 @@ def exp_parts(x):
 
 @triton.jit
 def bounded_below(x):
-    """Raise x to where 2^n in bits becomes 0; NaN stays NaN."""
+    """Raise x to the lowest value, where the bits of 2^n become 0; NaN stays NaN."""
     lowest: tl.constexpr = -709.0895657128241 if x.dtype == tl.float64 else -88.0296919
     return tl.where(x < lowest, lowest, x)
 
@@ -54,7 +54,7 @@ def exp_nonpositive(x):
 def exp_differences(x):
     """Return, for x <= 0, e^x, e^x - 1, e^x - 1 - x, x e^x and x e^x - (e^x - 1), each accurate near 0.
 
-    The third and the last are of second order: what is left of a divergence when its first-order terms cancel.
+    The third and the last are of second order: what remains of a divergence when its first-order terms cancel.
     """
     bounded = bounded_below(x)
     power, r, tail = exp_parts(bounded)
@@ -95,7 +95,7 @@ def exponent_of(x):
 
 @triton.jit
 def power_of(k):
-    """Return 2^k for an exponent of the width of the numbers."""
+    """Return 2^k for an integer k, in the floating-point type of the same width."""
     if k.dtype == tl.int64:
         power = ((1023 + k) << 52).to(tl.float64, bitcast=True)
     else:
@@ -105,7 +105,7 @@ def power_of(k):
 
 @triton.jit
 def log_from(exponent, f):
-    """Return k ln(2) + ln(1 + f), and the same less f."""
+    """Return k ln(2) + ln(1 + f), and the same minus f."""
     tail = log_tail(f)
     k = exponent.to(f.dtype)
     if f.dtype == tl.float64:

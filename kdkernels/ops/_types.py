@@ -1,4 +1,4 @@
-"""The words that options accept, for annotations."""
+"""Types of the options that accept certain strings."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Batch-norm statistics: in one read, with a fused backward, and as a loss against the running statistics.
+"""Batch-norm statistics in one read, with a fused backward, and as a loss against the running statistics.
 
 The backward keeps nothing but the activation, which BatchNorm saves anyway.
 """

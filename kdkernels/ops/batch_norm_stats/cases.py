@@ -30,7 +30,7 @@ def eager_tap(input: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor, Te
 
 
 def eager_hook(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same as a hook does: the network goes on with the activation as it is."""
+    """Return the same as a hook does: the network uses the activation itself."""
     return (input.view_as(input), *eager_stats(input))
 
 
@@ -110,7 +110,7 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
     def cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         *activation, mean, var = outputs
         ones = torch.linspace(-1, 1, mean.numel(), device=mean.device)
-        # The gradient of a channel's mean is spread over all its values; this makes it as large as the network's.
+        # The gradient of a channel's mean is spread over all its values; the factor makes it as large as the network's.
         count = math.prod(shape) // mean.numel()
         statistics = (ones.to(mean.dtype) * count, ones.flip(0).to(var.dtype) * count)
         return (*(normal(a.device.type, 1) for a in activation), *statistics)
@@ -165,7 +165,7 @@ register(
     far_calls=(FarCall(_variance, (3, 4, 50)), FarCall(_variance, (3, 40))),
     functions=(TAP, LOSS, "batch_norm_stats"),
     workload=workload,
-    # Goals with two threads of a CPU, forward and backward, against the default mode of torch.compile.
+    # Goals for forward and backward with two CPU threads, against the default mode of torch.compile.
     benchmarks=(
         Benchmark(LOSS, (64, 64, 32, 32), quick=True, compared=True,
                   goals={"faster than eager": 6.0, "faster than compile": 1.0}),

@@ -1,4 +1,4 @@
-"""The distance of batch-norm statistics from running statistics, a loss of a few numbers a channel."""
+"""The distance of batch-norm statistics from running statistics, a loss of a few numbers per channel."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ def _check_statistics(channels: int, mode: str, moment: str, **statistics: Tenso
     for name, tensor in statistics.items():
         _checks.check_floating(name, tensor)
         if tensor.shape != (channels,):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({channels},), one value a channel")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({channels},), one value per channel")
 
 
 def batch_norm_stat_distances(
@@ -164,7 +164,7 @@ def batch_norm_stat_loss(
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
-        ValueError: A shape, ``mode`` or ``moment`` is not accepted, or there are fewer than one value a channel (two if
+        ValueError: A shape, ``mode`` or ``moment`` is not accepted, or a channel has fewer than one value (two if
             unbiased).
 
     Example:

@@ -25,7 +25,7 @@ def _reduced(input: Tensor) -> list[int]:
 
 
 def stats(input: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean and the variance of each channel, and what rounding left of the mean."""
+    """Return the mean and the variance of each channel, and the rounding error of the mean."""
     x = input.to(compute_dtype(input))
     mean = x.mean(_reduced(input))
     distance = x - _by_channel(mean, input)
@@ -57,7 +57,7 @@ def tap_backward(
     mean_error: Tensor,
     unbiased: bool,
 ) -> Tensor:
-    """Return :func:`tap_gradient`, laid out as the input."""
+    """Return :func:`tap_gradient` in the memory layout of the input."""
     gradient = tap_gradient(grad_output, grad_mean, grad_var, input, unbiased)
     return laid_out_as(input, gradient)
 
@@ -90,7 +90,7 @@ def distances(
     mode: str,
     moment: str,
 ) -> Tensor:
-    """Return the distance of each layer; the layers' channels lie one after another in the tensors."""
+    """Return the distance of each layer; the tensors hold the channels of one layer after another."""
     if not channels:
         return mean.new_zeros(0)
     m, v, running_m, running_v = (s.split(channels) for s in (mean, var, running_mean, running_var))
@@ -108,7 +108,7 @@ def distances_backward(
     mode: str,
     moment: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of :func:`distances` by its four tensors, as differentiable expressions."""
+    """Return the gradients of :func:`distances` for its four tensors, as differentiable expressions."""
     grad = torch.cat([g.expand(n) for g, n in zip(grad_losses, channels, strict=True)] or [mean.new_zeros(0)])
     size = torch.cat([mean.new_full((n,), n) for n in channels] or [mean.new_zeros(0)])
 

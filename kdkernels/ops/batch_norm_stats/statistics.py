@@ -13,7 +13,7 @@ from kdkernels.ops.batch_norm_stats import reference
 
 @_registry.returns
 class BatchNormStats(NamedTuple):
-    """The results of :func:`batch_norm_stats`, [C] each."""
+    """The results of :func:`batch_norm_stats`, each of shape [C]."""
 
     mean: Tensor
     var: Tensor
@@ -21,7 +21,7 @@ class BatchNormStats(NamedTuple):
 
 @_registry.returns
 class BatchNormTap(NamedTuple):
-    """The results of :func:`batch_norm_tap`: a view of the input, and its statistics, [C] each."""
+    """The results of :func:`batch_norm_tap`: a view of the input, and its statistics, each of shape [C]."""
 
     output: Tensor
     mean: Tensor
@@ -69,7 +69,7 @@ def _tap_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tenso
 
 
 def _tap_backward_backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Differentiate the gradient, any order; the mean is a function of the activation in it."""
+    """Differentiate the gradient, to any order; in it the mean is a function of the activation."""
     if cotangent is None:
         return (None,) * 7
     *grads, input = ctx.saved_tensors
@@ -100,15 +100,15 @@ _TAP_BACKWARD = _registry.define(
 
 
 def check_input(input: Tensor, unbiased: bool) -> None:
-    """Raise unless statistics can be taken of an input."""
+    """Raise unless an input has statistics."""
     _checks.check_floating("input", input)
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"input must be [N, C, ...] with 2 to 5 dimensions, got shape {tuple(input.shape)}")
     count, needed = reference.values_per_channel(input), 2 if unbiased else 1
     if count < needed:
         raise ValueError(
-            f"input of shape {tuple(input.shape)} has {count} values a channel; "
-            f"{'the unbiased' if unbiased else 'a'} variance needs {needed} at least"
+            f"input of shape {tuple(input.shape)} has {count} values per channel; "
+            f"{'the unbiased' if unbiased else 'a'} variance needs at least {needed}"
         )
 
 
@@ -129,7 +129,7 @@ def batch_norm_stats(input: Tensor, *, unbiased: bool = False) -> BatchNormStats
 
     Raises:
         TypeError: The input is not a floating-point tensor.
-        ValueError: The input has a wrong number of dimensions, or fewer than one value a channel (two if unbiased).
+        ValueError: The input has a wrong number of dimensions, or fewer than one value per channel (two if unbiased).
 
     Example:
         >>> activation = torch.randn(8, 16, 4, 4, requires_grad=True)
@@ -143,7 +143,7 @@ def batch_norm_stats(input: Tensor, *, unbiased: bool = False) -> BatchNormStats
 
 
 class _Tap(torch.autograd.Function):
-    """Hands the activation on and its statistics out; the backward adds their gradients in one pass."""
+    """Returns the activation and its statistics; the backward adds all their gradients in one pass."""
 
     generate_vmap_rule = True
 
@@ -170,7 +170,7 @@ _tap: Callable[..., Any] = _Tap.apply
 
 
 def batch_norm_tap(input: Tensor, *, unbiased: bool = False) -> BatchNormTap:
-    """Statistics of an activation that the network goes on with: :func:`batch_norm_stats` with a fused backward.
+    """Statistics of an activation that the network continues with: :func:`batch_norm_stats` with a fused backward.
 
     A hook on BatchNorm's input adds the gradients of mean and variance to the network's in separate passes and keeps a
     copy of the activation. The tap does it in one pass: grad + dmean / n + 2 dvar (x - mean) / n.
@@ -180,7 +180,7 @@ def batch_norm_tap(input: Tensor, *, unbiased: bool = False) -> BatchNormTap:
         unbiased: Whether to divide by n - 1.
 
     Returns:
-        The named tuple (output, mean, var). The output is a view of the input. An in-place operation on it raises where
+        The named tuple (output, mean, var). The output is a view of the input. An in-place operation on it raises if
         the input requires grad, since it would change what the backward reads. The statistics are [C] each, fp32 (fp64
         for fp64).
 

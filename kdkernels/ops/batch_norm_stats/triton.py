@@ -11,16 +11,16 @@ from kdkernels.ops._triton_launch import device_of, power_of_two
 from kdkernels.ops.batch_norm_stats import reference
 from kdkernels.ops.batch_norm_stats import triton_kernels as kernels
 
-TILE = 4096  # numbers that a program has at once
-SPLIT = 8192  # numbers of a channel, about, that a program reduces
-SPLITS = 1024  # the most programs a channel
+TILE = 4096  # numbers that a program holds at once
+SPLIT = 8192  # approximate number of values of a channel that a program reduces
+SPLITS = 1024  # largest number of programs per channel
 ROW_TILE = 2048
-LAYERS = 32  # in a launch
+LAYERS = 32  # layers per launch
 
 
 @dataclass(frozen=True)
 class _Values:
-    """The values of a channel as [samples, positions], and how tensors step: over samples, positions and channels."""
+    """The values of a channel as [samples, positions], and each tensor's strides of samples, positions, channels."""
 
     samples: int
     positions: int
@@ -42,7 +42,7 @@ class _Values:
 
 
 def _even_stride(tensor: Tensor, dims: range) -> int | None:
-    """Return the stride of dimensions that are stepped through evenly; None where they are not."""
+    """Return the common stride of some dimensions; None if they are not evenly spaced in memory."""
     stride, expected = None, 0
     for d in reversed(dims):
         if tensor.shape[d] == 1:
@@ -56,14 +56,14 @@ def _even_stride(tensor: Tensor, dims: range) -> int | None:
 
 
 def _values_of(*tensors: Tensor) -> _Values | None:
-    """Take tensors of one shape as values by channel; None where their memory is laid out otherwise."""
+    """Describe tensors of one shape as values by channel; None if their memory layout does not allow it."""
     steps = [_even_stride(tensor, range(2, tensor.dim())) for tensor in tensors]
     if any(step is None for step in steps):
         return None
     strides = tuple((t.stride(0), step or 0, t.stride(1)) for t, step in zip(tensors, steps, strict=True))
     shape = tensors[0].shape
     samples, positions = shape[0], shape[2:].numel()
-    # Rows of channels that lie one after another, as in channels_last, are positions of one sample; so is [N, C].
+    # Consecutive rows of channels, as in channels_last or [N, C], count as positions of one sample.
     if all(a == b * positions or samples == 1 or positions == 1 for a, b, _ in strides):
         strides = tuple((0, b if positions > 1 else a, c) for a, b, c in strides)
         samples, positions = 1, samples * positions
@@ -72,7 +72,7 @@ def _values_of(*tensors: Tensor) -> _Values | None:
 
 def _contiguous_values(*tensors: Tensor) -> _Values:
     values = _values_of(*tensors)
-    assert values is not None, "contiguous tensors are stepped through evenly"
+    assert values is not None, "contiguous tensors are evenly spaced"
     return values
 
 
@@ -81,7 +81,7 @@ def _warps(tile: int, dtype: torch.dtype) -> int:
 
 
 def batch_norm_stats(input: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean and the variance of each channel, and what rounding left of the mean."""
+    """Return the mean and the variance of each channel, and the rounding error of the mean."""
     values = _values_of(input)
     if values is None:
         input = input.contiguous()
@@ -91,7 +91,7 @@ def batch_norm_stats(input: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Ten
     if values.channels == 0:
         return mean, var, mean_error
     samples, positions, channels = values.tile(TILE)
-    # Splits are of samples where a sample's positions fit in one tile, else of positions.
+    # A split consists of samples if the positions of a sample fit in one tile, else of positions.
     by_samples = values.positions <= positions
     tiles = triton.cdiv(values.samples, samples) if by_samples else triton.cdiv(values.positions, positions)
     in_split = samples * positions if by_samples else values.samples * positions
@@ -121,7 +121,7 @@ def batch_norm_tap_backward(
     mean_error: Tensor,
     unbiased: bool,
 ) -> Tensor:
-    """Return grad_output + grad_mean / n + 2 grad_var (x - mean) / n, laid out as the input."""
+    """Return grad_output + grad_mean / n + 2 grad_var (x - mean) / n in the memory layout of the input."""
     result = torch.empty_like(input)
     if input.numel() == 0:
         return result
@@ -147,7 +147,7 @@ def batch_norm_tap_backward(
 
 
 def _layers(channels: list[int]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Return, launch by launch, the first layer and channel and the channels of its layers, zeros at the end."""
+    """Return, for each launch, its first layer, its first channel, and its layers' channel counts padded with zeros."""
     launches = []
     for first in range(0, len(channels), LAYERS):
         here = channels[first : first + LAYERS]
@@ -158,7 +158,7 @@ def _layers(channels: list[int]) -> list[tuple[int, int, tuple[int, ...]]]:
 def batch_norm_stat_distances(
     mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, channels: list[int], mode: str, moment: str
 ) -> Tensor:
-    """Return the distance of each layer; the layers' channels lie one after another in the tensors."""
+    """Return the distance of each layer; the tensors hold the channels of one layer after another."""
     losses = mean.new_empty(len(channels))
     statistics = [s.contiguous() for s in (mean, var, running_mean, running_var)]
     with device_of(mean):
@@ -179,7 +179,7 @@ def batch_norm_stat_distances_backward(
     mode: str,
     moment: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by the four tensors."""
+    """Return the gradients of the four tensors."""
     statistics = [s.contiguous() for s in (mean, var, running_mean, running_var)]
     by_mean, by_var, by_running_mean, by_running_var = (mean.new_empty(mean.shape) for _ in range(4))
     grad = grad_losses.contiguous()

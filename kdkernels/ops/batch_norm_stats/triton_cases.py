@@ -12,7 +12,7 @@ from kdkernels.ops.batch_norm_stats.triton_kernels import (
     moments_kernel,
 )
 
-# Strides: of the samples, of the positions, of the channels
+# Strides of samples, positions and channels.
 PLANES, CHANNELS_LAST = ("i32", 1, "i32"), (0, "i32", 1)
 
 
@@ -23,7 +23,7 @@ def _arguments(numbers: str, strides: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield what is compiled for a compute capability."""
+    """Yield the variants to compile for a compute capability."""
     for numbers in numbers_of(capability):
         for layout, strides, tile, positions in (
             ("planes", PLANES, {"SAMPLES": 1, "POSITIONS": 4096, "CHANNELS": 1}, 2048),

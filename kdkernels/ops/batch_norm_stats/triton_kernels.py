@@ -1,7 +1,7 @@
 """The kernels of the batch-norm statistics.
 
 A tile of values is summed twice in registers, in fp64: for its mean, then around it. Tiles and programs are merged in
-fp64. So the mean is exact even where it is small, and the variance even where the mean is large.
+fp64. So the mean is exact even if it is small, and the variance even if the mean is large.
 """
 
 import triton
@@ -14,14 +14,14 @@ EPS = tl.constexpr(reference.EPS)
 
 @triton.jit
 def tile_at(strides, sample, position, channel):
-    """Return where a tile [values, channels] of samples times positions lies."""
+    """Return the offsets of a tile [samples, positions, channels]."""
     of_values = sample[:, None] * strides[0] + position[None, :] * strides[1]
     return of_values[:, :, None] + channel[None, None, :] * strides[2]
 
 
 @triton.jit
 def merged(count, mean, squares, other_count, other_mean, other_squares):
-    """Return count, mean and squared distances from it of two sets of values taken together."""
+    """Return the count, the mean and the sum of squared distances of two sets of values together."""
     total = count + other_count
     share = tl.where(total > 0.0, other_count / tl.where(total > 0.0, total, 1.0), 0.0)
     distance = other_mean - mean
@@ -33,7 +33,7 @@ def moments_kernel(
     partial, input, samples, positions, channels, strides, tiles_in_split, BY_SAMPLES: tl.constexpr,
     SAMPLES: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute count, mean and squares of some channels over the samples, or the positions, of one split."""
+    """Compute the moments of some channels over the samples or positions of one split."""
     dtype: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.program_id(1).to(tl.int64)
@@ -73,7 +73,7 @@ def merge_kernel(
     mean, var, mean_error, partial, splits, channels, UNBIASED: tl.constexpr, SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of some channels, all at once."""
+    """Merge all splits of some channels at once."""
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.arange(0, SPLITS).to(tl.int64)
     at = partial + split[:, None] * channels + channel[None, :]
@@ -102,7 +102,7 @@ def gradient_kernel(
     output_strides, grad_strides, input_strides, SAMPLES: tl.constexpr, POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute grad_output + grad_mean / count + 2 grad_var (x - mean) / divisor; what is None is 0."""
+    """Compute grad_output + grad_mean / count + 2 grad_var (x - mean) / divisor; a gradient that is None is 0."""
     dtype: tl.constexpr = mean.dtype.element_ty
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     tile = tl.program_id(0).to(tl.int64)
@@ -110,7 +110,7 @@ def gradient_kernel(
     sample = tile // tiles * SAMPLES + tl.arange(0, SAMPLES)
     position = tile % tiles * POSITIONS + tl.arange(0, POSITIONS)
     there = channel < channels
-    # x - mean - error, the error of all values of a channel taken together
+    # The distance is x - mean - mean_error; the error, equal for all values of a channel, is added to this term.
     through_mean = tl.zeros([CHANNELS], tl.float64)
     if grad_mean is not None:
         through_mean = tl.load(grad_mean + channel, mask=there, other=0.0).to(tl.float64) / count
@@ -130,7 +130,7 @@ def gradient_kernel(
 
 @triton.jit
 def layer_at(sizes, layer, start):
-    """Return the first channel of a layer and how many it has."""
+    """Return the first channel of a layer and its number of channels."""
     first, size = start, start * 0
     for i in tl.static_range(len(sizes)):
         first += tl.where(i < layer, sizes[i], 0)
@@ -140,19 +140,19 @@ def layer_at(sizes, layer, start):
 
 @triton.jit
 def load_channel(tensor, at, mask):
-    """Load a statistic of some channels, 1 where there is none."""
+    """Load a statistic of some channels, 1 outside the mask."""
     return tl.load(tensor + at, mask=mask, other=1.0).to(tl.float64)
 
 
 @triton.jit
 def spread_of(variance, ROOT: tl.constexpr):
-    """Return what l2 and squared compare: the variance or its root."""
+    """Return what the modes l2 and squared compare: the variance or its root."""
     return tl.sqrt(variance) if ROOT else variance
 
 
 @triton.jit
 def slope_of(spread, ROOT: tl.constexpr):
-    """Return d spread / d variance, 0 where the root has none."""
+    """Return d spread / d variance, 0 for the root at 0."""
     return tl.where(spread == 0.0, 0.0, 0.5 / tl.where(spread == 0.0, 1.0, spread)) if ROOT else spread * 0.0 + 1.0
 
 
@@ -160,7 +160,7 @@ def slope_of(spread, ROOT: tl.constexpr):
 def layer_sums(
     mean, var, running_mean, running_var, first, size, MODE: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Return the sums over a layer's channels that its distance comes from: of the means, of the spreads."""
+    """Return the two sums over the channels of a layer that make up its distance: for the means and the spreads."""
     means = tl.zeros([BLOCK], tl.float64)
     spreads = tl.zeros([BLOCK], tl.float64)
     for start in range(0, size, BLOCK):
@@ -200,7 +200,7 @@ def distance_gradient_kernel(
     by_mean, by_var, by_running_mean, by_running_var, grad_losses, mean, var, running_mean, running_var, first_layer,
     start, sizes, MODE: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of one layer's distance by its statistics."""
+    """Compute the gradients of one layer's distance for its statistics."""
     dtype: tl.constexpr = by_mean.dtype.element_ty
     layer = tl.program_id(0)
     first, size = layer_at(sizes, layer, start)

@@ -43,7 +43,7 @@ def _copy_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
     return _BACKWARD.run(ctx.backend, grad, *ctx.saved_tensors), None
 
 
-# Passes over the features in memory, forward and backward: none and R W; none where a matrix product takes the factor.
+# Passes over the features in memory, forward and backward: none and R W; none if a matrix product takes the factor.
 PASSES = (0, 2)
 
 _BACKWARD = _registry.define(
@@ -54,7 +54,7 @@ _BACKWARD = _registry.define(
     setup_context=_backward_setup_context,
     backward=_backward_backward,
 )
-# For torch.export, where a view inside an autograd.Function would lose its sign without a word.
+# For torch.export, where a view inside an autograd.Function would silently lose its sign.
 _COPY = _registry.define(
     "gradient_reversal_copy",
     "(Tensor input, Tensor lambd) -> Tensor",
@@ -99,7 +99,7 @@ class _GradientReversalLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, lambd = ctx.saved_tensors
         grad, by_input, by_weight, by_bias = grads[0], None, None, None
-        # Under autocast the gradient has another dtype than what was saved.
+        # Under autocast the dtype of the gradient differs from that of the saved tensors.
         if ctx.needs_input_grad[0]:
             by_input = (grad @ (weight * -lambd).to(grad.dtype)).to(input.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
@@ -115,7 +115,7 @@ _reverse_linear: Callable[..., Any] = _GradientReversalLinear.apply
 
 
 def _coefficient(lambd: float | Tensor, input: Tensor) -> Tensor:
-    """Read the coefficient once, into a tensor of its own: a schedule may go on before the backward comes."""
+    """Copy the coefficient: a schedule may change it before the backward runs."""
     _checks.check_scalar("lambd", lambd, input)
     return lambd.detach().clone() if isinstance(lambd, Tensor) else _checks.scalar_tensor(lambd, input)
 
@@ -128,11 +128,11 @@ def gradient_reversal(input: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
 
     Args:
         input: Features of any shape; fp16, bf16, fp32 or fp64.
-        lambd: Coefficient, a number or a 0-dim tensor. It is read now, not in the backward. A tensor that changes with
-            training compiles once.
+        lambd: Coefficient, a number or a 0-dim tensor. It is read in the forward, not in the backward. A tensor that
+            changes during training is compiled only once.
 
     Returns:
-        A view of the input. An in-place operation on it raises where the input requires grad, since autograd cannot
+        A view of the input. An in-place operation on it raises if the input requires grad, since autograd cannot
         replay it on the input and would bypass the reversal.
 
     Raises:
@@ -157,9 +157,9 @@ def gradient_reversal(input: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
 def gradient_reversal_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, lambd: float | Tensor = 1.0
 ) -> Tensor:
-    r"""Linear layer on a reversed gradient: ``linear(gradient_reversal(input, lambd), weight, bias)``.
+    r"""Linear layer with a reversed gradient: ``linear(gradient_reversal(input, lambd), weight, bias)``.
 
-    The factor is folded into the matrix product of the backward, :math:`dx = dy\,(-\lambda W)`: it costs no pass over
+    The factor is folded into the matrix product of the backward, :math:`dx = dy\,(-\lambda W)`, and costs no pass over
     the features. The gradients of weight and bias are not reversed.
 
     Args:
@@ -172,7 +172,7 @@ def gradient_reversal_linear(
         The output, [..., out_features].
 
     Raises:
-        TypeError, ValueError: See :func:`gradient_reversal`; or the shapes do not fit.
+        TypeError, ValueError: See :func:`gradient_reversal`, or the shapes do not match.
 
     Example:
         >>> features, classifier = torch.randn(8, 32, requires_grad=True), torch.nn.Linear(32, 2)

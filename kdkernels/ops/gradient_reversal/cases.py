@@ -12,13 +12,13 @@ from kdkernels.ops.gradient_reversal import PASSES, gradient_reversal, gradient_
 
 
 def eager_reversal(input: Tensor, lambd: float = 1.0) -> Tensor:
-    """Return the input with its gradient reversed, without a Function of its own."""
+    """Return the input with its gradient reversed, without an autograd Function."""
     reversed_input = -lambd * input
     return (input - reversed_input).detach() + reversed_input
 
 
 def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, lambd: float = 1.0) -> Tensor:
-    """Return a linear layer on a reversed gradient."""
+    """Return the output of a linear layer with a reversed gradient."""
     return torch.nn.functional.linear(eager_reversal(input, lambd), weight, bias)
 
 
@@ -52,7 +52,7 @@ class _UsualReversal(torch.autograd.Function):
 
 
 def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
-    """Return a row of the benchmark: one multiplication, which a compiler writes as well."""
+    """Return a row of the benchmark: one multiplication, which a compiler does as well."""
     one_of(variant, ("",))
 
     def make(device: str) -> tuple[Tensor, ...]:
@@ -95,6 +95,6 @@ register(
         Benchmark("gradient_reversal", (64, 256)),
         Benchmark("gradient_reversal", (4096, 4096)),
     ),
-    # One multiplication, which a compiler writes as well.
+    # One multiplication, which a compiler does as well.
     gpu_benchmarks=(Benchmark("gradient_reversal", (4096, 4096), goals={}),),
 )

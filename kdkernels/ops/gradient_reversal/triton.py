@@ -12,7 +12,7 @@ BLOCK = 2048
 
 @triton.jit(do_not_specialize=["lambd"])
 def scale_kernel(output, input, lambd, count, BLOCK: tl.constexpr):
-    """Multiply numbers with -lambd, in fp32 where they have 16 bits."""
+    """Multiply numbers by -lambd, in fp32 if they have 16 bits."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(input + at, mask=at < count)
     dtype: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
@@ -22,7 +22,7 @@ def scale_kernel(output, input, lambd, count, BLOCK: tl.constexpr):
 def gradient_reversal_backward(grad_output: Tensor, lambd: Tensor) -> Tensor:
     """Return -lambd * grad_output."""
     result = torch.empty_like(grad_output)
-    # Memory without gaps is one row of numbers in any order of the dimensions.
+    # Memory without gaps is one row of numbers for any order of the dimensions.
     steps = ((size, a, b) for size, a, b in zip(result.shape, result.stride(), grad_output.stride(), strict=True))
     if any(a != b for size, a, b in steps if size > 1):
         grad_output = torch.empty_like(result).copy_(grad_output)

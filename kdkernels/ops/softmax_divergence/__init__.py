@@ -1,7 +1,7 @@
 """Temperature-softmax divergences from raw logits, with the cross-entropy of hard labels in the same pass.
 
-``autograd.py`` defines the op, ``saved.py`` says what each backend's forward saves for its backward and states the
-passes over memory; here are the public functions.
+This file has the public functions. ``autograd.py`` defines the op; ``saved.py`` says what the forward of each backend
+saves for its backward, and states the passes over memory.
 """
 
 from typing import Any, Literal
@@ -49,7 +49,7 @@ def _learned(temperature: float | Tensor) -> bool:
 
 
 def _divide(input: Tensor, target: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Divide the logits by a temperature that needs a gradient: autograd gives it, for one more pass over each side."""
+    """Divide the logits by a temperature that needs a gradient, which autograd computes in one more pass per side."""
     dtype = compute_dtype(input, target)
     return input.to(dtype) / temperature, target.to(dtype) / temperature
 
@@ -92,13 +92,13 @@ def kl_div_with_logits(
         target: Teacher logits of the same shape and device; their dtype may differ.
         temperature: T > 0, a number or a 0-dim tensor. A tensor that requires grad gets its gradient; the logits are
             then divided by it first, one more pass over each.
-        dim: Class dimension. ``None`` means the last of 1-D and 2-D logits and raises for more dimensions.
+        dim: Class dimension. ``None`` means the last one for 1-D and 2-D logits, and raises for more dimensions.
         reverse: Whether to compute KL(student || teacher) instead of KL(teacher || student).
         reduction: ``"none"`` (a value per position), ``"mean"`` (over positions, unlike ``F.kl_div``), ``"sum"``, or
             ``"batchmean"`` (the sum divided by ``input.size(0)``).
 
     Returns:
-        The loss in fp32, or fp64 where a side is fp64; 0 if there are no positions. Gradients flow to both sides.
+        The loss in fp32, or fp64 if a side is fp64; 0 if there are no positions. Gradients flow to both sides.
 
     Special values: a class with zero probability in the weighting distribution (a logit of -inf) adds exactly 0. Where
     only the other distribution is zero, the loss is +inf; the gradient of the other side is finite, and that of the
@@ -150,12 +150,12 @@ def js_div_with_logits(
         target: Teacher logits of the same shape and device; their dtype may differ.
         beta: Teacher's share of the mixture in [0, 1], a number or a 0-dim tensor without gradient.
         temperature: T > 0, a number or a 0-dim tensor, which gets its gradient if it requires one.
-        dim: Class dimension. ``None`` means the last of 1-D and 2-D logits and raises for more dimensions.
+        dim: Class dimension. ``None`` means the last one for 1-D and 2-D logits, and raises for more dimensions.
         legacy_clamp: Whether to compute the published clamped form; it is defined for ``beta=0.5`` only.
         reduction: ``"none"``, ``"mean"`` (over positions), ``"sum"`` or ``"batchmean"`` (sum / ``input.size(0)``).
 
     Returns:
-        The loss in fp32, or fp64 where a side is fp64; 0 if there are no positions. Gradients flow to both sides.
+        The loss in fp32, or fp64 if a side is fp64; 0 if there are no positions. Gradients flow to both sides.
 
     Raises:
         TypeError: A side is not a floating-point tensor, or a scalar is not a number.
@@ -201,18 +201,18 @@ def distillation_loss(
             ``ignore_index`` count neither in the loss, nor in its gradient, nor in the mean.
         temperature: T > 0, a number or a 0-dim tensor, which gets its gradient if it requires one.
         kd_weight: Weight of the divergence; default 0.9 with labels, 1 without.
-        ce_weight: Weight of the cross-entropy; default 0.1 with labels. With labels give both weights or neither;
-            without labels any weight but 0 raises. Numbers or 0-dim tensors without gradient.
+        ce_weight: Weight of the cross-entropy; default 0.1 with labels. With labels, give both weights or neither;
+            without labels, any ``ce_weight`` but 0 raises. Numbers or 0-dim tensors without gradient.
         divergence: ``"forward_kl"`` as above, ``"reverse_kl"``, or ``"js"`` with ``beta`` as in
             :func:`js_div_with_logits`.
         beta: Teacher's share of the mixture of ``"js"``.
-        dim: Class dimension. ``None`` means the last of 1-D and 2-D logits and raises for more dimensions.
+        dim: Class dimension. ``None`` means the last one for 1-D and 2-D logits, and raises for more dimensions.
         ignore_index: Label of the positions to leave out.
         reduction: ``"none"``, ``"mean"`` (over positions that count), ``"sum"`` or ``"batchmean"`` (sum /
             ``input.size(0)``).
 
     Returns:
-        The loss; see :func:`kl_div_with_logits`. 0, with zero gradients, where no position counts.
+        The loss; see :func:`kl_div_with_logits`. If no position counts, it is 0 and so are the gradients.
 
     Raises:
         TypeError, ValueError: An argument is not accepted, or there are no classes.

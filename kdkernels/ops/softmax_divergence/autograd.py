@@ -1,4 +1,4 @@
-"""The op of the softmax divergences: schema, results of fake tensors, and autograd formulas to the second order."""
+"""The op of the softmax divergences: schema, fake implementation, and autograd formulas to the second order."""
 
 import math
 from typing import Any
@@ -71,7 +71,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _grad_saved: None) -> tuple[Te
 
 
 def _take_gradient(ctx: Any, grad_loss: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-    """Hand over the saved gradient; another backward of the same graph computes the same bits from the logits."""
+    """Give away the saved gradient; another backward of the same graph computes the same bits from the logits."""
     try:
         return ctx.gradient.pop()  # type: ignore[no-any-return]
     except IndexError:
@@ -87,7 +87,7 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 
 def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Differentiate the gradients: any order, through the reference's closed forms."""
+    """Differentiate the gradients, to any order, through the closed forms of the reference."""
     grad_output, _statistics, input, target, labels, *scalars = ctx.saved_tensors
     given = [v if want else None for v, want in zip(cotangents, ctx.wanted, strict=True)]
     if all(v is None for v in given):

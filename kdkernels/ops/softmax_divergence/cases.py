@@ -76,7 +76,7 @@ def eager_loss(
 
 
 def _distillation(eager_options: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Return distillation_loss and its eager form with the same options."""
+    """Return distillation_loss and its eager equivalent with the same options."""
     options = dict(eager_options)
     temperature, (kd, ce) = options["temperature"], options.pop("weights")
     ours = partial(distillation_loss, **options, kd_weight=kd, ce_weight=ce)
@@ -84,7 +84,7 @@ def _distillation(eager_options: dict[str, Any]) -> tuple[Callable[..., Tensor],
 
 
 def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Yield the cases: every value of the grid at least once, most of them with others by turns."""
+    """Yield the cases: every value of the grid at least once, in changing combinations."""
     generator = torch.Generator().manual_seed(0)
     normal = partial(draw, dtype=dtype, device=device, generator=generator)
 
@@ -99,7 +99,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             result.append((s, t, labels.masked_fill(mask, -100).to(device)))
         return result
 
-    # Class counts, each with a temperature, a divergence, a reduction and labels by turns
+    # Class counts, with alternating temperatures, divergences, reductions and labels
     for i, classes in enumerate(CLASSES):
         rows = max(2, min(64, 4096 // classes))
         options: dict[str, Any] = {
@@ -165,9 +165,9 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
 
 def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
-    """Return a row of the benchmark: the gradient to the student's logits, at temperature 2.
+    """Return a row of the benchmark: a divergence with the gradient of the student's logits, at temperature 2.
 
-    Its classes are the last dimension, or with the variant ``"dim=1"`` the second.
+    The classes are the last dimension, or the second with the variant ``"dim=1"``.
     """
     dim = {"": -1, "dim=1": 1}[one_of(variant, ("", "dim=1"))]
     if len(shape) < 2:
@@ -198,7 +198,7 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
 
 
 def _scaled(losses: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The usual scale of a loss in fp16, without which its gradient is lost among the smallest numbers."""
+    """The usual scale of a loss in fp16, without which its gradient underflows."""
     return tuple(torch.full_like(loss, 1024.0) for loss in losses)
 
 
@@ -231,7 +231,7 @@ FAR_CALLS = (
 )
 BF16, FP16 = torch.bfloat16, torch.float16
 KL, JS, DISTILLATION = FUNCTIONS = ("kl_div_with_logits", "js_div_with_logits", "distillation_loss")
-# With two threads of a CPU, forward and backward, against the default mode of torch.compile.
+# Goals for forward and backward with two CPU threads, against the default mode of torch.compile.
 GOALS = {"faster than eager": 4.0, "faster than compile": 2.5}
 BENCHMARKS = (
     *(Benchmark(function, shape, quick=True, compared=True, goals=GOALS)

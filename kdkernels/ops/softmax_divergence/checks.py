@@ -1,4 +1,4 @@
-"""Checks of the arguments of the softmax divergences: what can be seen without reading a tensor's values."""
+"""Checks of the arguments of the softmax divergences that need no values of tensors."""
 
 from torch import Tensor, int64
 
@@ -8,14 +8,14 @@ REDUCTIONS = ("none", "mean", "sum", "batchmean")
 
 
 def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int | None, reduction: str) -> int:
-    """Check what can be seen without reading values; return the class dimension, counted from the front."""
+    """Check the arguments without reading tensor values; return the class dimension, counted from the front."""
     check_floating("input", input)
     check_floating("target", target)
     check_same_shape("input", input, "target", target)
     check_same_device("input", input, "target", target)
     check_choice("reduction", reduction, REDUCTIONS)
     if input.dim() == 0:
-        raise ValueError("input has no dimensions; expected one for the classes at least")
+        raise ValueError("input has no dimensions; expected at least one, for the classes")
     if dim is None:
         if input.dim() > 2:
             raise ValueError(

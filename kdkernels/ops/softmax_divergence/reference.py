@@ -14,9 +14,9 @@ from kdkernels.ops._numerics import compute_dtype, laid_out_as
 
 
 def _kl_div(log_weight: Tensor, log_other: Tensor, dim: int) -> Tensor:
-    """Return the sum of w (ln w - ln v), where w = 0 adds 0.
+    """Return the sum of w (ln w - ln v); a term with w = 0 is 0.
 
-    The sum of v - w is 0; added term by term it takes out what rounding leaves of the first-order terms.
+    The sum of v - w is 0; added term by term, it removes the rounding error of the first-order terms.
     """
     weight = log_weight.exp()
     term = weight * (log_weight - log_other) + (log_other.exp() - weight)
@@ -24,14 +24,14 @@ def _kl_div(log_weight: Tensor, log_other: Tensor, dim: int) -> Tensor:
 
 
 def _sum_to_zero(gradient: Tensor, probability: Tensor, dim: int) -> Tensor:
-    """Take out of a gradient through softmax the sum that rounding left; it matters where a class has nearly all."""
+    """Remove the sum that rounding leaves in a gradient through softmax; it matters if one class has p near 1."""
     return gradient - probability * gradient.sum(dim, keepdim=True)
 
 
 def _softmax_gradient(log_probability: Tensor, slope: Tensor, dim: int) -> Tensor:
-    """Return T * d/dz of a function of softmax(z / T) whose derivative by the probabilities is slope.
+    """Return T * d/dz of a function of softmax(z / T) whose derivative with respect to the probabilities is slope.
 
-    A position whose mean slope is infinite has no direction to follow and gets 0.
+    If the mean slope of a position is infinite, its gradient is 0.
     """
     probability = log_probability.exp()
     mean = torch.where(probability > 0, probability * slope, 0.0).sum(dim, keepdim=True)
@@ -45,7 +45,7 @@ def _log_mean(log_q: Tensor, log_p: Tensor, beta: Tensor) -> Tensor:
 
 
 class _Clamped:
-    """The pieces of the published competition term: probabilities clamped after their mean is taken."""
+    """The parts of the published competition term: probabilities clamped after their mean is taken."""
 
     def __init__(self, log_q: Tensor, log_p: Tensor) -> None:
         q, p = log_q.exp(), log_p.exp()
@@ -54,11 +54,11 @@ class _Clamped:
         self.q_inside, self.p_inside, self.m_inside = ((x >= 0.01) & (x <= 0.99) for x in (q, p, m))
 
     def value(self, dim: int) -> Tensor:
-        """Return KL(m || p) / 2 + KL(m || q) / 2 of the clamped, not renormalized probabilities."""
+        """Return KL(m || p) / 2 + KL(m || q) / 2 of the clamped probabilities, which are not renormalized."""
         return (self.m * (self.m.log() - (self.p.log() + self.q.log()) / 2)).sum(dim)
 
     def slopes(self) -> tuple[Tensor, Tensor]:
-        """Return the derivatives by q and by p; outside its range a clamp passes none."""
+        """Return the derivatives with respect to q and p; a clamp passes no gradient outside its range."""
         through_m = self.m_inside * (self.m.log() + 1 - (self.p.log() + self.q.log()) / 2) / 2
         return through_m - self.q_inside * self.m / self.q / 2, through_m - self.p_inside * self.m / self.p / 2
 
@@ -79,7 +79,7 @@ def divergence_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: in
 
 
 def gradients_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return T times the gradients of each position's divergence by the student's and by the teacher's logits."""
+    """Return T times the gradients of each position's divergence for the student's and the teacher's logits."""
     q, p = log_q.exp(), log_p.exp()
     if kind == "forward_kl":
         return _sum_to_zero(q - p, q, dim), _softmax_gradient(log_p, log_p - log_q, dim)
@@ -103,13 +103,13 @@ def gradients_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int
 
 
 def _interior(log_q: Tensor, log_p: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return beta, moved off the endpoints that have formulas of their own, and the log of the mean there."""
+    """Return beta, replaced by 1/2 at the endpoints, which have separate formulas, and the log of the mean."""
     inner = torch.where((beta == 0) | (beta == 1), 0.5, beta)
     return inner, _log_mean(log_q, log_p, inner)
 
 
 class _Problem:
-    """The arguments of a call, made ready: log-probabilities, the mask of ignored positions, the normalizer."""
+    """The prepared arguments of a call: log-probabilities, the mask of ignored positions, the normalizer."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class _Problem:
         ignore_index: int,
     ) -> None:
         dtype = compute_dtype(input, target)
-        # Multiplied, a scalar on the CPU reaches another device by value, without a copy that would wait.
+        # In a product, a scalar on the CPU is passed to another device by value, without a copy that would wait.
         one = input.new_ones((), dtype=dtype)
         temperature, self.divergence_weight, self.label_weight, beta = ((one * scalar).to(dtype) for scalar in scalars)
         self.temperature = torch.where(temperature > 0, temperature, math.nan)
@@ -142,7 +142,7 @@ class _Problem:
             in_range = (labels >= 0) & (labels < input.shape[dim])
             self.misplaced = self.kept & ~in_range
             self.index = torch.where(in_range, labels, 0).unsqueeze(dim)
-            # What an ignored position holds must not matter, even if it is NaN.
+            # The values of an ignored position must not matter, even if they are NaN.
             self.logits = torch.where(self.kept.unsqueeze(dim), self.logits, 0.0)
             teacher = torch.where(self.kept.unsqueeze(dim), teacher, 0.0)
             if reduction == "mean":
@@ -152,7 +152,7 @@ class _Problem:
 
 
 def check_values(labels: Tensor | None, temperature: Tensor, beta: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise where a value that may be read here is not accepted."""
+    """Raise if a value that may be read here is not accepted."""
     if _registry.values_are_visible(temperature) and not temperature.item() > 0:
         raise ValueError(f"temperature must be positive, got {temperature.item()}")
     if _registry.values_are_visible(beta) and not 0 <= beta.item() <= 1:
@@ -181,7 +181,7 @@ def forward(
     ignore_index: int,
     save: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and, where it is to be saved, the gradient by ``input`` for a gradient of 1 by the loss."""
+    """Return the loss and, if requested, the gradient of ``input`` for an incoming gradient of 1."""
     if save == "statistics":
         raise NotImplementedError("the reference saves no statistics; they belong to kernels that read them")
     check_values(labels, temperature, beta, input.shape[dim], ignore_index)
@@ -215,7 +215,7 @@ def gradients(
     reduction: str,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients by ``input`` and ``target`` as differentiable expressions."""
+    """Return the gradients of ``input`` and ``target`` as differentiable expressions."""
     problem = _Problem(input, target, labels, scalars, dim, reduction, ignore_index)
     scale = grad_output * problem.normalizer
     scale = scale.unsqueeze(dim) if reduction == "none" else scale
@@ -247,7 +247,7 @@ def backward(
     input_gradient: bool,
     target_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients by ``input`` and ``target``, empty tensors where not asked for."""
+    """Return the gradients of ``input`` and ``target``, empty tensors if not requested."""
     scalars = (temperature, divergence_weight, label_weight, beta)
     student, teacher = gradients(grad_output, input, target, labels, scalars, dim, divergence, reduction, ignore_index)
     return (

@@ -1,8 +1,8 @@
 """What the forward of each backend saves for its backward: a tensor that only the same backend reads.
 
-- ``"gradient"``: the CPU kernels may save the gradient by the student's logits for an incoming gradient of 1. Where the
-  incoming gradient is 1 the backward hands it on; otherwise it scales it.
-- ``"statistics"``: the kernels of a GPU save a few sums of each position, with which the backward needs no reduction.
+- ``"gradient"``: the CPU kernels may save the gradient of the student's logits for an incoming gradient of 1. The
+  backward returns it if the incoming gradient is 1, and otherwise scales it.
+- ``"statistics"``: the kernels of a GPU save a few sums of each position, so that the backward needs no reduction.
 - ``"nothing"``: the backward starts from the logits.
 """
 
@@ -19,7 +19,7 @@ Save = Literal["nothing", "gradient", "statistics"]
 
 # Up to this size the allocator reuses warm memory, and a second tensor of it costs less than computing again.
 _GRADIENT_BYTES = 32 << 20
-# Of each position; the kernels store numbers of the call in one more column.
+# Rows of the statistics, with a column for each position and one more for numbers of the whole call.
 _STATISTICS = 9
 
 
@@ -30,8 +30,8 @@ def _on_gpu(backend: str, device: torch.device) -> bool:
 def what_to_save(backend: str, input: Tensor, target: Tensor) -> Save:
     """Choose what the forward saves.
 
-    No gradient in 16 bits: rounded before the gradient of a loss scaler multiplies it, it would underflow. None while
-    exporting, where the size would become a condition on dynamic shapes, and none under ``torch.func``.
+    No gradient is saved in 16 bits: rounded before the gradient of a loss scaler multiplies it, it would underflow. Nor
+    is one saved during export, where the size would become a condition on dynamic shapes, or under ``torch.func``.
     """
     if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
         return "nothing"
@@ -54,16 +54,16 @@ def statistics_shape(positions: int) -> tuple[int, int]:
 
 
 def fake_saved(save: str, input: Tensor, loss: Tensor, positions: int) -> Tensor:
-    """Return a fake tensor of the shape of what is saved."""
+    """Return a fake tensor in the shape of what is saved."""
     if save == "gradient":
         return torch.empty_like(input)
     return loss.new_empty(statistics_shape(positions) if save == "statistics" else 0)
 
 
 def passes(device_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
-    """Return how often a forward and its backward read or write a tensor of logits, student gradient only.
+    """Return how often forward and backward read or write a tensor of logits, with the student's gradient only.
 
-    Forward R R, backward R R W. Where the CPU saves the gradient, R R W, the backward of a loss has nothing to do.
+    Forward R R, backward R R W. If the CPU saves the gradient, R R W, and the backward of a loss has nothing to do.
     """
     saves = device_type == "cpu" and dtype.itemsize >= 4 and math.prod(shape) * dtype.itemsize <= _GRADIENT_BYTES
     return (3, 0) if saves else (2, 3)
@@ -75,6 +75,6 @@ def scaled(gradient: Tensor, grad_loss: Tensor, ctx: Any) -> Tensor:
         return gradient * grad_loss.unsqueeze(ctx.dim)
     try:
         is_one = not torch.compiler.is_compiling() and float(grad_loss) == 1.0
-    except RuntimeError:  # a batch of incoming gradients, or a fake one, has no value to read
+    except RuntimeError:  # a fake gradient, or a batch of gradients, has no value to read
         is_one = False
     return gradient if is_one else gradient * grad_loss

@@ -1,4 +1,4 @@
-"""Softmax divergences: what the launches of their kernels need to know."""
+"""Launchers of the softmax divergences."""
 
 import math
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from kdkernels.ops.softmax_divergence import reference
 from kdkernels.ops.softmax_divergence import triton_kernels as kernels
 from kdkernels.ops.softmax_divergence.saved import statistics_shape
 
-Strides = tuple[int, int, int, int]  # of the classes, then of the positions from inner to outer
+Strides = tuple[int, int, int, int]  # strides of the classes, then of the positions from inner to outer
 
-# Numbers in a tile where they are of 32 bits, half of that for 64. A thread has at most 8 of them: more would spill.
+# Numbers in a tile if they have 32 bits; half as many with 64. A thread has at most 8 of them: more would spill.
 WHOLE_ROW = 4096
 LONG_ROW_TILE = 2048
-MAP_TILE = 4096  # where positions are neighbours in memory
+MAP_TILE = 4096  # if positions are neighbours in memory
 SMALL_TILE = 1024
 
 
@@ -38,7 +38,7 @@ class _Options:
 
     @property
     def kind(self) -> str:
-        """Return the divergence, less what can be told of its weight and of beta here."""
+        """Return the kind of divergence, simplified by what the host knows of its weight and of beta."""
         if is_zero(self.divergence_weight):
             return "none"
         if self.divergence != "js":
@@ -52,7 +52,7 @@ class _Options:
         return self.labels is not None and not is_zero(self.label_weight)
 
     def divisor(self, shape: torch.Size) -> float:
-        """Return what a sum of losses is divided by, but for positions that do not count."""
+        """Return the divisor of a sum of losses, with positions that do not count included."""
         if self.reduction == "mean":
             return float(max(math.prod(shape[: self.dim] + shape[self.dim + 1 :]), 1))
         return float(max(shape[0], 1)) if self.reduction == "batchmean" and len(shape) > 1 else 1.0
@@ -62,7 +62,7 @@ class _Options:
         return self.reduction == "mean" and self.labels is not None
 
     def arguments(self) -> tuple[Tensor | int | None, ...]:
-        """Return what both kernels take."""
+        """Return the arguments that both kernels take."""
         labels = None if self.labels is None else self.labels.contiguous()
         scalars = (self.temperature, self.divergence_weight, self.label_weight, self.beta)
         return (labels, *(argument(scalar) for scalar in scalars))
@@ -70,7 +70,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Positions in three dimensions, and how some operands step through them."""
+    """Positions in three dimensions, and the strides of some operands over them."""
 
     classes: int
     positions: int
@@ -80,7 +80,7 @@ class _Layout:
 
     @property
     def by_rows(self) -> bool:
-        """Whether classes are neighbours in memory, or nothing is."""
+        """Whether classes are neighbours in memory, or neither classes nor positions are."""
         return self.strides[0][0] == 1 or self.strides[0][1] != 1
 
     def tile(self, numbers: int, longest_row: int) -> tuple[int, int]:
@@ -93,10 +93,10 @@ class _Layout:
 
 
 def _layout(dim: int, *operands: Tensor) -> _Layout | None:
-    """Join neighbouring dimensions that every operand steps through evenly; None where too many are left."""
+    """Join adjacent dimensions that are evenly spaced in every operand; None if too many are left."""
     shape = operands[0].shape
     sizes: list[int] = []
-    steps: list[list[int]] = []  # of each kept dimension, the operands' strides
+    steps: list[list[int]] = []  # strides of the operands for each remaining dimension
     for d, size in enumerate(shape):
         if d == dim or size == 1:
             continue
@@ -127,7 +127,7 @@ def _warps(tile: tuple[int, int], dtype: torch.dtype) -> int:
 def _launch_forward(
     loss: Tensor, loss_of: str, saved: Tensor | None, input: Tensor, target: Tensor, layout: _Layout, options: _Options
 ) -> None:
-    """Launch the forward kernel for the losses of "positions", for the "sum" of each program's, or for neither."""
+    """Launch the forward kernel for the losses of "positions", for the "sum" of each program, or for neither."""
     half = loss.dtype == torch.float64
     longest = (WHOLE_ROW if layout.by_rows else MAP_TILE) >> half
     if layout.by_rows and layout.classes > longest:
@@ -164,7 +164,7 @@ def softmax_divergence(
     ignore_index: int,
     save: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, and the statistics of each position where they are to be saved."""
+    """Return the loss, and the statistics of each position if they are to be saved."""
     if save == "gradient":
         raise NotImplementedError("the Triton kernels save statistics or nothing")
     reference.check_values(labels, temperature, beta, input.shape[dim], ignore_index)
@@ -204,7 +204,7 @@ def softmax_divergence_backward(
     input_gradient: bool,
     target_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients by ``input`` and ``target``, empty tensors where not asked for."""
+    """Return the gradients of ``input`` and ``target``, empty tensors if not requested."""
     options = _Options(
         labels, temperature, divergence_weight, label_weight, beta, dim, divergence, reduction, ignore_index
     )
@@ -214,7 +214,7 @@ def softmax_divergence_backward(
     )
     if input.numel() == 0 or not (input_gradient or target_gradient):
         return results
-    # A side that is not wanted steps as its logits do.
+    # A side without a gradient has the strides of its logits.
     outputs = (results[0] if input_gradient else input, results[1] if target_gradient else target)
     layout = _layout(dim, input, target, *outputs)
     if layout is None:

@@ -6,7 +6,7 @@ from typing import Any
 from kdkernels.ops._triton_cases import BOTH, SCALAR, WIDE_LOADS, Variant, numbers_of
 from kdkernels.ops.softmax_divergence.triton_kernels import backward_kernel, forward_kernel, reduce_kernel
 
-# Strides: of the classes, then of the positions from inner to outer
+# Strides of the classes, then of the positions from inner to outer.
 ROWS, MAPS = (1, "i32", 0, 0), ("i32", 1, "i32", 0)
 FORWARD = (
     ("row of 1000", ROWS, True, 1, 1024, 4),
@@ -36,7 +36,7 @@ def _constants(kind: str, strides: tuple[Any, ...], **constants: Any) -> dict[st
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield what is compiled for a compute capability."""
+    """Yield the variants to compile for a compute capability."""
     kinds = ("forward_kl", "js") if capability == 80 else ("forward_kl", "js", "clamped_js")
     for numbers in numbers_of(capability):
         for kind in kinds if numbers == "fp32" else ("forward_kl",):

@@ -1,6 +1,6 @@
 """Divergences between the softmax distributions of a student, q, and a teacher, p, class by class.
 
-Sums over the classes give a divergence and, of each side, one number ``centre``, with which the gradient at a class
+Sums over the classes give a divergence and one number for each side, ``centre``, from which the gradient at a class
 follows without any other class. Which kind has which derivation is told in ``csrc/math/softmax_divergence.h``.
 """
 
@@ -18,7 +18,7 @@ def weighted(weight, value):
 
 @triton.jit
 def difference_error(a, b, difference):
-    """Return what rounding cut off a - b, 0 where the difference is infinite."""
+    """Return the rounding error of a - b, 0 if the difference is infinite."""
     b_part = a - difference
     error = (a - (difference + b_part)) + (b_part - b)
     return tl.where(error == error, error, 0.0)
@@ -26,7 +26,7 @@ def difference_error(a, b, difference):
 
 @triton.jit
 def logit_ratio(student, teacher, student_max, teacher_max):
-    """Return (z_t - max z_t) - (z_s - max z_s), with rounding errors put back: near 0 all depends on it."""
+    """Return (z_t - max z_t) - (z_s - max z_s), with rounding errors compensated, which dominate near 0."""
     offset = teacher_max - student_max
     difference = teacher - student
     error = difference_error(teacher, student, difference) - difference_error(teacher_max, student_max, offset)
@@ -48,8 +48,8 @@ def kullback_leibler(q, p, log_ratio):
 
 @triton.jit
 def jensen_shannon(q, p, log_ratio, beta):
-    """Return terms of beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; the derivatives by q and p;
-    and q and p where the two are far apart, whose terms count down from the bound of the divergence.
+    """Return the terms of beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; the derivatives with
+    respect to q and p; and q and p if the two are far apart, when a term counts down from the divergence's bound.
     """
     rest = 1.0 - beta
     log_beta, log_rest = log_quotient(beta, 1.0), log1p_parts(-beta)[0]
@@ -93,7 +93,7 @@ def inside(x):
 
 @triton.jit
 def clamped_jensen_shannon(q, p):
-    """Return terms and derivatives of the published competition term: clamped, not renormalized probabilities."""
+    """Return the terms of the published competition term, of clamped probabilities, and their derivatives."""
     m = (p + q) * 0.5
     clamped_q, clamped_p, clamped_m = clamped(q), clamped(p), clamped(m)
     gap = (log_quotient(clamped_m, clamped_p) + log_quotient(clamped_m, clamped_q)) * 0.5
@@ -105,7 +105,7 @@ def clamped_jensen_shannon(q, p):
 
 @triton.jit
 def terms_of(q, p, log_ratio, beta, KIND: tl.constexpr):
-    """Return of each class its term, what the gradients of q's and p's side come from, and the far q and p."""
+    """Return the term of each class, what the gradients of both sides are computed from, and the far q and p."""
     far_q, far_p = tl.zeros_like(q), tl.zeros_like(p)
     if KIND == "forward_kl":
         value, by_q = kullback_leibler(q, p, log_ratio)
@@ -122,7 +122,7 @@ def terms_of(q, p, log_ratio, beta, KIND: tl.constexpr):
 
 @triton.jit
 def class_terms(q, p, log_ratio, beta, KIND: tl.constexpr):
-    """Return :func:`terms_of`; "any_js" finds here whether beta is at an end, which has a formula of its own."""
+    """Return :func:`terms_of`; for "any_js", tell here whether beta is 0 or 1, which have separate formulas."""
     if KIND == "any_js":
         if beta == 0.0:
             value, by_q, by_p, far_q, far_p = terms_of(q, p, log_ratio, beta, "forward_kl")
@@ -137,7 +137,7 @@ def class_terms(q, p, log_ratio, beta, KIND: tl.constexpr):
 
 @triton.jit
 def direct_sides(beta, KIND: tl.constexpr):
-    """Tell whether q's and p's side have the difference of the probabilities itself, not derivatives by them."""
+    """Tell for the sides q and p whether they sum differences of probabilities instead of derivatives."""
     if KIND == "any_js":
         of_q, of_p = beta == 0.0, beta == 1.0
     else:
@@ -147,7 +147,7 @@ def direct_sides(beta, KIND: tl.constexpr):
 
 @triton.jit
 def to_sum(probability, term, direct):
-    """Return what one side sums over the classes for its centre, in fp64, where a product of fp32 is exact."""
+    """Return the summands of one side's centre in fp64, in which a product of two fp32 numbers is exact."""
     wide = term.to(tl.float64)
     return tl.where(direct, wide, weighted(probability.to(tl.float64), wide))
 
@@ -160,9 +160,9 @@ def centre_of_sums(total, mass, direct):
 
 @triton.jit
 def centre_of_rows(probability, term, direct):
-    """Return the same of whole rows; what rounding took from the mean is found from the differences to it.
+    """Return the same for whole rows; the rounding error of the mean is found from the differences to it.
 
-    Where one class has nearly all probability its gradient is what is left of its derivative after the mean.
+    If one class has nearly all the probability, its gradient is what remains of its derivative minus the mean.
     """
     mean = tl.sum(weighted(probability, term), 1)
     rest = tl.sum(weighted(probability, term - mean[:, None]), 1)
@@ -172,10 +172,10 @@ def centre_of_rows(probability, term, direct):
 
 @triton.jit
 def through_softmax(probability, term, centre, direct):
-    """Return T times the gradient by a logit.
+    """Return T times the gradient of a logit.
 
-    The terms of a direct side sum to 0 but for an error that all log-ratios share, which is taken out. At an infinite
-    mean there is no direction to follow: the gradient is 0.
+    The terms of a direct side sum to 0 except for an error that all log-ratios share, which is removed. If the mean is
+    infinite, the gradient is 0.
     """
     centred = tl.where(centre == float("inf"), 0.0, weighted(probability, term - centre))
     return tl.where(direct, term - probability * centre, centred)

@@ -1,7 +1,7 @@
 """The kernels of the softmax divergences, on tiles of positions times classes.
 
-Where a position's classes fit in a tile, they are read once; else twice, for the sums and for the terms, the second
-time from the cache more often than not. The backward has the statistics of each position and reads everything once.
+If the classes of a position fit in a tile, they are read once; otherwise twice, for the sums and for the terms, the
+second time usually from the cache. The backward has the statistics of each position and reads everything once.
 """
 
 import triton
@@ -25,7 +25,7 @@ SCALARS = ("temperature", "divergence_weight", "label_weight", "beta", "ignore_i
 
 @triton.jit
 def rows_at(tensor, strides, position, inner, middle):
-    """Return pointers to class 0 of positions, which are numbered in three dimensions: [outer, middle, inner].
+    """Return pointers to class 0 of positions, which have three dimensions: [outer, middle, inner].
 
     The strides are those of the classes, then of the dimensions from inner to outer.
     """
@@ -36,7 +36,7 @@ def rows_at(tensor, strides, position, inner, middle):
 
 @triton.jit
 def store_tile(gradient, strides, position, inner, middle, class_at, mask, tile):
-    """Store a tile. A double becomes 16 bits by way of 32: Triton's interpreter knows no other."""
+    """Store a tile; fp64 becomes 16 bits via fp32, since Triton's interpreter has no direct conversion."""
     if gradient.dtype.element_ty != tl.float64:
         tile = tile.to(tl.float32)
     tl.store(rows_at(gradient, strides, position, inner, middle) + class_at[None, :] * strides[0], tile, mask=mask)
@@ -44,14 +44,14 @@ def store_tile(gradient, strides, position, inner, middle, class_at, mask, tile)
 
 @triton.jit
 def load_tile(rows, stride, class_at, wanted, classes, dtype: tl.constexpr):
-    """Load logits; where there is no class they are -inf, which has no mass."""
+    """Load logits; outside the classes they are -inf, which has no mass."""
     mask = wanted[:, None] & (class_at < classes)[None, :]
     return tl.load(rows + class_at[None, :] * stride, mask=mask, other=float("-inf")).to(dtype)
 
 
 @triton.jit
 def options_of(temperature, beta, dtype: tl.constexpr):
-    """Return 1 / temperature and beta, NaN where they are out of range."""
+    """Return 1 / temperature and beta, NaN if out of range."""
     t, b = scalar_of(temperature, tl.float64), scalar_of(beta, tl.float64)
     inverse = tl.where(t > 0.0, 1.0 / t, float("nan"))
     return inverse.to(dtype), tl.where((b >= 0.0) & (b <= 1.0), b, float("nan")).to(dtype)
@@ -59,7 +59,7 @@ def options_of(temperature, beta, dtype: tl.constexpr):
 
 @triton.jit
 def labels_at(labels, position, valid, classes, ignore_index):
-    """Return labels, which positions count, and which of those name no class."""
+    """Return labels, which positions count, and which of those have a label that is no class."""
     label = tl.load(labels + position, mask=valid, other=0)
     kept = valid & (label != ignore_index)
     return label, kept, kept & ((label < 0) | (label >= classes))
@@ -76,7 +76,7 @@ def probabilities(z_s, z_t, max_s, max_t, sum_s, sum_t, inverse_temperature):
 
 @triton.jit
 def tile_sums(z, class_at, label, inverse_temperature, CROSS_ENTROPY: tl.constexpr):
-    """Return the maximum of whole rows, the sum of the numerators, and at T = 1 that of the others than the label."""
+    """Return the maximum of whole rows, the sum of the numerators, and the sum at T = 1 without the label."""
     highest = tl.max(z, 1)
     shifted = z - highest[:, None]
     others = tl.zeros_like(shifted)
@@ -98,7 +98,7 @@ def row_sums(
         class_at = start + tl.arange(0, CLASSES).to(tl.int64)
         z = load_tile(rows, stride, class_at, wanted, classes, dtype)
         before, highest = highest, tl.maximum(highest, tl.max(z, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)  # -inf up to here is no mass, not yet NaN
+        base = tl.where(highest == float("-inf"), 0.0, highest)  # a row of -inf so far has no mass, but is not NaN
         rise, shifted = before - base, z - base[:, None]
         total = total * exp_nonpositive(rise * inverse_temperature)[:, None]
         total += exp_nonpositive(shifted * inverse_temperature)
@@ -110,9 +110,9 @@ def row_sums(
 
 @triton.jit
 def cross_entropy_of(label_logit, others):
-    """Return ln((e^z + others) / e^z), z the label's logit less the maximum; exact where the student is sure."""
+    """Return ln((e^z + others) / e^z), z the label's logit minus the maximum; accurate for a certain student."""
     numerator = exp_nonpositive(label_logit)
-    bounded = tl.where(numerator < 1e-30, 1e-30, numerator)  # below, the quotient could overflow; plain is as exact
+    bounded = tl.where(numerator < 1e-30, 1e-30, numerator)  # else the quotient could overflow; plain is as exact
     plain = log_quotient(others + numerator, 1.0) - label_logit
     return tl.where(numerator > 1e-30, log1p_parts(others / bounded)[0], plain)
 
@@ -126,7 +126,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Compute the losses of some positions, or their sum and count, and the statistics that a backward needs.
 
-    The kind "none" leaves the divergence out, and the teacher unread.
+    The kind "none" leaves out the divergence and does not read the teacher.
     """
     dtype: tl.constexpr = loss.dtype.element_ty
     position = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
@@ -134,7 +134,7 @@ def forward_kernel(
     label, kept, misplaced = position, valid, valid
     if labels is not None:
         label, kept, misplaced = labels_at(labels, position, valid, classes, ignore_index)
-    wanted = kept if ROWS else valid  # where positions are neighbours, gaps would cost more than they save
+    wanted = kept if ROWS else valid  # if positions are neighbours, gaps would cost more than they save
     inverse_temperature, b = options_of(temperature, beta, dtype)
     student_rows = rows_at(student, student_strides, position, inner, middle)
     class_at = tl.arange(0, CLASSES).to(tl.int64)
@@ -213,7 +213,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["programs", "divisor"])
 def reduce_kernel(loss, partial, programs, divisor, BY_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the sums of all programs, in a fixed order, and divide by a number or by how many positions count."""
+    """Add the sums of all programs, in a fixed order, and divide by a number or by the count of kept positions."""
     total = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.float64)
     for start in range(0, programs, BLOCK):

@@ -59,7 +59,7 @@ def _prior_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Ten
 
 
 def _prior_backward_backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Differentiate the gradient, any order; the norms are functions of the images in it."""
+    """Differentiate the gradient, to any order; in it the norms are functions of the images."""
     if cotangent is None:
         return (None,) * 5
     *grads, input = ctx.saved_tensors
@@ -147,7 +147,7 @@ _VARIATION_BACKWARD = _registry.define(
 
 
 def image_prior_losses(input: Tensor) -> ImagePriorLosses:
-    r"""Total variation in two norms and the size of images: the priors of DeepInversion, in one read.
+    r"""Total variation in two norms and the norm of images: the priors of DeepInversion, in one read.
 
     With the differences :math:`d_1 \dots d_4` between a pixel and its neighbour to the right, below, and on both
     diagonals, over pairs inside the image only (no wrap-around):
@@ -192,7 +192,7 @@ def total_variation(
     directions: Literal[1, 2, 4] = 2,
     eps: float = 0.0,
 ) -> Tensor:
-    r"""Total variation of images, with the definitions of the common libraries to choose from.
+    r"""Total variation of images, with a choice of the common libraries' definitions.
 
     For each image, over all differences d of neighbouring pixels in the given directions (1: right; 2: right and
     down; 4: also the two diagonals), pairs inside the image only:
@@ -206,14 +206,14 @@ def total_variation(
     Args:
         input: Images [B, C, H, W] or one image [C, H, W]; fp16, bf16, fp32 or fp64. Contiguous and channels_last memory
             is read in place.
-        reduction: ``"none"`` gives one value an image, ``"sum"`` adds them, and ``"mean"`` averages them, except that
-            l1 and l2_squared divide each direction by its own number of pairs in the batch (as kornia does).
+        reduction: ``"none"`` gives one value per image, ``"sum"`` adds them, and ``"mean"`` averages them, except that
+            l1 and l2_squared divide each direction by its number of pairs in the batch (as kornia does).
         norm_type: ``"l1"``, ``"l2"``, ``"l2_squared"`` or ``"isotropic"``.
-        directions: 1, 2 or 4; the isotropic variation has 2.
-        eps: Smoothing of the isotropic variation; 0 for the others.
+        directions: 1, 2 or 4; must be 2 for ``"isotropic"``.
+        eps: Smoothing of ``"isotropic"``; must be 0 for the others.
 
     Returns:
-        The loss in fp32 (fp64 for fp64): [B] for ``"none"``, otherwise, and for one image, a scalar. The gradient of a
+        The loss in fp32 (fp64 for fp64): [B] for ``"none"`` with a batch, otherwise a scalar. The gradient of a
         norm at 0 is 0. An empty batch, or a direction without pairs, gives 0.
 
     Raises:

@@ -134,7 +134,7 @@ register(
     far_calls=(FarCall(_tv_l1, (2, 3, 9, 20)), FarCall(total_variation, (2, 3, 9, 20), dim=2)),
     functions=(PRIORS, VARIATION),
     workload=workload,
-    # Goals with two threads of a CPU, forward and backward, against the default mode of torch.compile.
+    # Goals for forward and backward with two CPU threads, against the default mode of torch.compile.
     benchmarks=(
         Benchmark(PRIORS, (64, 3, 128, 128), quick=True, compared=True,
                   goals={"faster than eager": 25.0, "faster than compile": 4.0}),

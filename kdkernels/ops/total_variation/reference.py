@@ -17,12 +17,12 @@ def differences(x: Tensor, directions: int) -> list[Tensor]:
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Return the mean, or 0 of an empty tensor."""
+    """Return the mean, or 0 for an empty tensor."""
     return x.sum() / max(x.numel(), 1)
 
 
 def _scatter(slopes: list[Tensor], like: Tensor) -> Tensor:
-    """Return the gradient of the pixels from that of the differences: the transpose of :func:`differences`."""
+    """Return the gradient of the pixels from the gradient of the differences: the transpose of :func:`differences`."""
     total = torch.zeros_like(like)
     pad = torch.nn.functional.pad
     if len(slopes) > 0:
@@ -36,7 +36,7 @@ def _scatter(slopes: list[Tensor], like: Tensor) -> Tensor:
 
 
 def image_prior_losses(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return TV_l1, TV_l2, L2, and the norms: of the four differences over the batch, then of each input."""
+    """Return TV_l1, TV_l2, L2, and the norms of the four differences over the batch and of each image."""
     x = input.to(compute_dtype(input))
     d = differences(x, 4)
     difference_norms = torch.stack([k.square().sum().sqrt() for k in d])
@@ -68,12 +68,12 @@ def image_prior_gradient(
 def image_prior_losses_backward(
     grad_l1: Tensor | None, grad_l2: Tensor | None, grad_norm: Tensor | None, input: Tensor, norms: Tensor
 ) -> Tensor:
-    """Return :func:`image_prior_gradient`, laid out as the input."""
+    """Return :func:`image_prior_gradient` in the memory layout of the input."""
     return laid_out_as(input, image_prior_gradient(grad_l1, grad_l2, grad_norm, input))
 
 
 def _isotropic(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx and dy, 0 where a neighbour is missing, and sqrt(dx^2 + dy^2 + eps), 0 where both are."""
+    """Return dx and dy, 0 if the neighbour is missing, and sqrt(dx^2 + dy^2 + eps), 0 if both are missing."""
     pad = torch.nn.functional.pad
     right, down = differences(x, 2)
     dx, dy = pad(right, (0, 1)), pad(down, (0, 0, 0, 1))
@@ -90,7 +90,7 @@ def _averages_images(norm_type: str, reduction: str) -> bool:
 def total_variation(
     input: Tensor, norm_type: str, directions: int, eps: float, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, and for the l2 norm the norm of each input."""
+    """Return the loss, and for the l2 norm the norm of each image."""
     x = input.to(compute_dtype(input))
     if norm_type == "isotropic":
         values = _isotropic(x, eps)[2].sum((1, 2, 3))
@@ -134,5 +134,5 @@ def total_variation_gradient(
 def total_variation_backward(
     grad_output: Tensor, input: Tensor, norms: Tensor, norm_type: str, directions: int, eps: float, reduction: str
 ) -> Tensor:
-    """Return :func:`total_variation_gradient`, laid out as the input."""
+    """Return :func:`total_variation_gradient` in the memory layout of the input."""
     return laid_out_as(input, total_variation_gradient(grad_output, input, norm_type, directions, eps, reduction))

@@ -16,11 +16,11 @@ PRIOR_SUMS = 9  # |d| and d^2 of four directions, and the squares of the pixels
 
 @dataclass(frozen=True)
 class _Images:
-    """Images as planes of rows that lie in memory without gaps: of one channel, or of pixels of all channels."""
+    """Images as planes of gapless rows in memory, of one channel or of the pixels of all channels."""
 
     shape: tuple[int, int, int, int]
-    step: int  # from a number to its neighbour in the next pixel
-    strides: tuple[int, int, int]  # of images, planes and rows
+    step: int  # distance from a number to its neighbour in the next pixel
+    strides: tuple[int, int, int]  # strides of images, planes and rows
 
     @property
     def planes(self) -> int:
@@ -28,12 +28,12 @@ class _Images:
 
     @property
     def length(self) -> int:
-        """Return how many numbers a row has."""
+        """Return the number of numbers in a row."""
         return self.shape[3] * self.step
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Return how many rows and numbers of them a program takes."""
+        """Return how many rows, and how many numbers of each, a program takes."""
         numbers = power_of_two(self.length, 16, 256)
         return power_of_two(self.shape[2], 1, TILE // numbers), numbers
 
@@ -47,13 +47,13 @@ class _Images:
         return self.shape[0] * self.planes, self.blocks[0] * self.blocks[1]
 
     def arguments(self) -> tuple[int, ...]:
-        """Return what the kernels take of the sizes."""
+        """Return the sizes that the kernels take."""
         batch, channels, rows, columns = self.shape
         return batch, channels, rows, columns, self.planes, self.step
 
 
 def _images_of(image: Tensor) -> _Images | None:
-    """Describe how images lie in memory; None where no such description fits."""
+    """Describe the memory layout of images; None if no description fits."""
     batch, channels, rows, width = image.shape
     strides = image.stride()
     of_planes = strides[0], strides[1], strides[2]
@@ -65,7 +65,7 @@ def _images_of(image: Tensor) -> _Images | None:
 
 
 def _readable(image: Tensor) -> tuple[Tensor, _Images]:
-    """Return images that have a description, copied where they had none, and it."""
+    """Return the images, copied if no description fits, and their description."""
     images = _images_of(image)
     if images is None:
         image = image.contiguous()
@@ -92,7 +92,7 @@ def _sums(
 
 
 def image_prior_losses(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return TV_l1, TV_l2, L2, and the norms: of the four differences over the batch, then of each image."""
+    """Return TV_l1, TV_l2, L2, and the norms of the four differences over the batch and of each image."""
     dtype = compute_dtype(input)
     tv_l1, tv_l2, l2 = (input.new_empty((), dtype=dtype) for _ in range(3))
     norms = input.new_empty(4 + input.shape[0], dtype=dtype)
@@ -131,7 +131,7 @@ def _launch_gradient(
     image: Tensor, grads: tuple[Tensor | None, ...], norms: Tensor, kind: str, directions: int, eps: float,
     reduction: str,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient by the images, laid out as they are."""
+    """Return the gradient of the images in their memory layout."""
     result = torch.empty_like(image)
     if image.numel() == 0:
         return result

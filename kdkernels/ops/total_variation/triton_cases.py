@@ -22,7 +22,7 @@ def _arguments(numbers: str) -> dict[str, Any]:
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield what is compiled for a compute capability."""
+    """Yield the variants to compile for a compute capability."""
     fixed = {"REDUCTION": "sum", "MEAN_OF_PAIRS": False}
     for numbers in numbers_of(capability):
         kinds = (("priors", 4), ("l1", 2), ("isotropic", 2)) if numbers == "fp32" else (("priors", 4),)

@@ -1,7 +1,7 @@
 """The kernels of the total variation, on tiles of rows times numbers.
 
-A row holds the pixels of one channel, or of all channels side by side; then the neighbour of a number is `step`
-numbers further on.
+A row holds the pixels of one channel, or of all channels side by side. The neighbour of a number is `step` numbers
+further on.
 """
 
 import triton
@@ -24,7 +24,7 @@ def inverse(x):
 
 @triton.jit
 def pairs(images, channels, rows, columns, direction: tl.constexpr):
-    """Return the number of pairs of neighbours in a direction, right, down or a diagonal, in all images."""
+    """Return the number of pairs of neighbours in all images in one direction: right, down or diagonal."""
     across = columns if direction == 1 else columns - 1
     down = rows if direction == 0 else rows - 1
     return tl.cast(images, tl.float64) * channels * across * down
@@ -32,7 +32,7 @@ def pairs(images, channels, rows, columns, direction: tl.constexpr):
 
 @triton.jit
 def tile_of(image, strides, plane, planes, block, across, ROWS: tl.constexpr, NUMBERS: tl.constexpr):
-    """Return the pointer to a plane, and which rows and numbers of it a program has."""
+    """Return the pointer to a plane, and which of its rows and numbers a program takes."""
     start = image + (plane // planes) * strides[0] + (plane % planes) * strides[1]
     row = (block // across) * ROWS + tl.arange(0, ROWS)
     number = (block % across) * NUMBERS + tl.arange(0, NUMBERS)
@@ -41,7 +41,7 @@ def tile_of(image, strides, plane, planes, block, across, ROWS: tl.constexpr, NU
 
 @triton.jit
 def neighbour(start, stride, row, number, rows, length, step, DOWN: tl.constexpr, RIGHT: tl.constexpr):
-    """Load the neighbours at a distance of rows and pixels, 0 outside the image, and tell which are inside."""
+    """Load the neighbours some rows and pixels away, 0 outside the image, and tell which are inside."""
     r, n = row + DOWN, number + RIGHT * step
     there = (r >= 0) & (r < rows) & (row < rows)
     within = (n >= 0) & (n < length) & (number < length)
@@ -53,7 +53,7 @@ def neighbour(start, stride, row, number, rows, length, step, DOWN: tl.constexpr
 
 @triton.jit
 def isotropic_term(x, right, has_right, below, has_below, eps):
-    """Return both differences, 0 where a neighbour is missing, and their length, 0 where both are."""
+    """Return both differences, 0 if the neighbour is missing, and their length, 0 if both are missing."""
     dx = tl.where(has_right, x - right, 0.0)
     dy = tl.where(has_below, x - below, 0.0)
     return dx, dy, tl.where(has_right | has_below, tl.sqrt(dx * dx + dy * dy + eps), 0.0)
@@ -70,10 +70,10 @@ def sums_kernel(
     partial, image, eps, images, channels, rows, columns, planes, step, across, strides, KIND: tl.constexpr,
     DIRECTIONS: tl.constexpr, MEAN_OF_PAIRS: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Compute all sums of a tile, or the one that a total variation needs.
+    """Compute all sums of a tile, or only the one that a total variation needs.
 
-    Each is of what belongs to a pixel: its differences to the right, down and to the lower right, and the one between
-    its right and its lower neighbour.
+    The differences of a pixel are those to the right, down and to the lower right, and the one between its right and
+    its lower neighbour.
     """
     plane, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, row, number = tile_of(image, strides, plane, planes, block, across, ROWS, NUMBERS)
@@ -175,7 +175,7 @@ def slopes(
     x, start, stride, row, number, rows, length, step, linear, absolute, DOWN: tl.constexpr, RIGHT: tl.constexpr,
     LINEAR: tl.constexpr, ABSOLUTE: tl.constexpr,
 ):  # fmt: skip
-    """Return the derivatives of linear / 2 * d^2 + absolute * |d|, d the difference to one neighbour."""
+    """Return the derivatives of linear / 2 * d^2 + absolute * |d|, where d is the difference to one neighbour."""
     other, there = neighbour(start, stride, row, number, rows, length, step, DOWN, RIGHT)
     difference = x - other
     slope = tl.zeros_like(x)
@@ -210,7 +210,7 @@ def gradient_kernel(
             scale *= inverse(tl.load(norms + here).to(tl.float64))
     gradient = tl.zeros_like(x)
     if KIND == "isotropic":
-        # A pixel takes part in its own term, in its left neighbour's and in its upper neighbour's.
+        # A pixel contributes to its own term and to those of its left and its upper neighbour.
         smooth = scalar_of(eps, dtype)
         right, has_right = neighbour(start, stride, row, number, rows, length, step, 0, 1)
         below, has_below = neighbour(start, stride, row, number, rows, length, step, 1, 0)
