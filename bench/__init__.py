@@ -1,1 +1,1 @@
-"""The benchmark suite: ``python -m bench.run``, and a folder for each kind of measurement."""
+"""The benchmark suite: ``python -m bench.run``, with a folder for each kind of measurement."""

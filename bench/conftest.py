@@ -1,4 +1,4 @@
-"""What the benchmarks share: pytest bench [--full] [--threads 2] [--no-compile]. `make bench` also draws the report."""
+"""Shared by the benchmarks: pytest bench [--full] [--threads 2] [--no-compile]. `make bench` also draws the report."""
 
 import gc
 import os
@@ -26,9 +26,9 @@ FAILURES: list[dict[str, Any]] = []
 
 def pytest_addoption(parser):
     group = parser.getgroup("kdkernels")
-    group.addoption("--full", action="store_true", help="all rows and modes, not the chosen set of a few minutes")
-    group.addoption("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of PyTorch (default: 2)")
-    group.addoption("--no-compile", action="store_true", help="time ops without torch.compile as a rival")
+    group.addoption("--full", action="store_true", help="run all rows and modes instead of the quick set")
+    group.addoption("--threads", type=int, default=min(2, os.cpu_count() or 1), help="PyTorch threads (default: 2)")
+    group.addoption("--no-compile", action="store_true", help="time ops without torch.compile")
     group.addoption("--written-as", default="pytest bench", help="command that the report names")
 
 
@@ -38,7 +38,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Run an op on its rows, one row after another since its modes share what was compiled; a routine on its cases."""
+    """Run an op on its rows, one at a time, since the modes of a row share compiled code; a routine on its cases."""
     full = metafunc.config.getoption("--full")
     if "row" in metafunc.fixturenames:
         pairs = [(row, mode) for row in suite.rows(full) for mode in row.modes]
@@ -57,7 +57,7 @@ def full(request) -> bool:
 
 @pytest.fixture
 def race(benchmark):
-    """Time calls in turn; the first of them through pytest-benchmark, the rounds of all into its extra_info."""
+    """Time calls in turn, the first through pytest-benchmark; its extra_info holds the rounds of all."""
 
     def run(
         timed: Mapping[str, Timed], *, cold: bool, rounds: int = MOST_ROUNDS, seconds: float = 5.0, **info: Any
@@ -99,7 +99,7 @@ def peaks(timed: Mapping[str, Timed]) -> dict[str, int]:
 
 
 def pytest_runtest_logreport(report):
-    """Keep what failed: pytest-benchmark writes nothing of a benchmark that was not timed."""
+    """Record failures: pytest-benchmark writes nothing about a benchmark that was not timed."""
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a report says of the machine and of the tree. Needs no PyTorch."""
+"""What a report says about the machine and the tree. Needs no PyTorch."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def facts(command: str) -> dict[str, Any]:
-    """Return what every report says first."""
+    """Return what every report says at the top."""
     return {
         "command": command, "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "machine": processor(),
         "cores": cores(), "python": platform.python_version(),
@@ -44,7 +44,7 @@ def processor() -> str:
 
 
 def caches() -> dict[str, int]:
-    """Return the bytes of each level of cache."""
+    """Return the size of each cache level in bytes."""
     units = {"K": 1 << 10, "M": 1 << 20}
     found = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):

@@ -1,4 +1,4 @@
-"""Functions of other packages that compute what ours compute; each package is optional, its absence is reported."""
+"""Functions of other packages that compute what ours compute; each package is optional, and reported if missing."""
 
 import importlib
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from kdkernels.ops._cases import Workload
 
 Function = Callable[..., Any]
 PACKAGES = {"liger": "liger-kernel", "kornia": "kornia", "torchmetrics": "torchmetrics", "piq": "piq"}
-TEMPERATURE = 2.0  # that of kdkernels.cases
+TEMPERATURE = 2.0  # as in the cases of the softmax divergences
 
 
 def rivals_of(workload: Workload, device: str) -> tuple[dict[str, Function], dict[str, str]]:
-    """Return functions of the same tensors with the same results by package, and why others of them are missing."""
+    """Return equivalent functions on the same tensors, by package, and why others are missing."""
     functions: dict[str, Function] = {}
     missing: dict[str, str] = {}
     for (rival, function), make in MAKERS.items():
@@ -36,7 +36,7 @@ def rivals_of(workload: Workload, device: str) -> tuple[dict[str, Function], dic
 
 
 def versions() -> dict[str, str]:
-    """Return what is installed of the packages."""
+    """Return the installed version of each package."""
     found = {}
     for rival, package in PACKAGES.items():
         try:
@@ -54,7 +54,7 @@ def _liger(module: str, name: str, kind: str, **options: Any) -> Function:
     loss = getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)(**options)
 
     def from_logits(student: Tensor, teacher: Tensor) -> Tensor:
-        """It takes logarithms of probabilities, and of the teacher for KL probabilities."""
+        """Pass log-probabilities; for KL, the teacher's probabilities."""
         log_q = F.log_softmax(student / TEMPERATURE, -1)
         if kind == "js":
             return loss(log_q, F.log_softmax(teacher / TEMPERATURE, -1))

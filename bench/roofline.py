@@ -1,4 +1,4 @@
-"""What this machine can do at most: bytes per second of a copy."""
+"""The limit of this machine: the bandwidth of a copy."""
 
 import torch
 
@@ -6,7 +6,7 @@ from kdkernels.testing.timing import Clock, HostClock, Timed, interleaved_median
 
 
 def copy_bandwidth(clock: Clock | None = None, device: str = "cpu", size: int = 256 << 20) -> float:
-    """Return bytes per second of a copy between tensors larger than every cache, reads and writes counted."""
+    """Return the bytes per second of a copy between tensors larger than every cache, counting reads and writes."""
     source = torch.ones(size // 4, device=device)
     destination = torch.empty_like(source)
     copy = Timed(lambda: destination.copy_(source))

@@ -2,7 +2,7 @@
 
     python -m bench.run [--full] [--threads 2] [--only text] [--no-compile] [--output build/bench]
 
-Measurements are kept even if some of the benchmarks fail; the failures are in the report.
+Measurements are kept even if some benchmarks fail; the report lists the failures.
 """
 
 import argparse
@@ -19,10 +19,10 @@ BENCH = Path(__file__).parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time kdkernels against its rivals and write a report.")
-    parser.add_argument("--full", action="store_true", help="all rows and modes, not the chosen set")
+    parser.add_argument("--full", action="store_true", help="run all rows and modes instead of the quick set")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: two, or one on a single core)")
     parser.add_argument("--only", default="", help="benchmarks that match, as with pytest -k")
-    parser.add_argument("--no-compile", action="store_true", help="time ops without torch.compile as a rival")
+    parser.add_argument("--no-compile", action="store_true", help="time ops without torch.compile")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="default: build/bench")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

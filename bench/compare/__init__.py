@@ -1,1 +1,1 @@
-"""This tree against another revision: ``python -m bench.compare.run``."""
+"""Comparison of this tree with another revision: ``python -m bench.compare.run``."""

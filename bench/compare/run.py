@@ -1,10 +1,10 @@
-"""Time every op of this tree against another git revision of it, round by round.
+"""Time every op of this tree against another git revision, round by round.
 
     python -m bench.compare.run --base main [--only text]
 
 The base is exported to build/compare/<revision>/ and built there, once. Two versions of the package cannot be loaded in
-one process, so each runs in its own; they take turns, and the one that waits is idle. Both run the workloads of this
-tree, on the CPU, on the same inputs, and speeds are compared only where the results agree. What the base lacks is
+one process, so each runs in a separate one; they take turns, and the waiting one is idle. Both run the workloads of
+this tree, on the CPU, on the same inputs, and speeds are compared only if the results agree. What the base lacks is
 reported.
 """
 
@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "build" / "compare"
 WORKER = Path(__file__).with_name("worker.py")
 THREADS = 2
-ROUNDS, SECONDS = 15, 10.0  # of each workload, at most
-ROUND_SECONDS = 0.05  # a turn lasts about so long: much longer than handing over takes
+ROUNDS, SECONDS = 15, 10.0  # limits for each workload
+ROUND_SECONDS = 0.05  # approximate length of a turn, much longer than a switch between the processes
 TOLERANCE = 1e-4
 HEAD = ("workload", "base, ms", "this, ms", "base / this")
 
@@ -114,7 +114,7 @@ class Worker:
 
     def __init__(self, name: str, tree: Path, log: Path, script: Path = WORKER) -> None:
         self.name, self._log = name, log
-        # After its work a thread of OpenMP would keep a core busy for a while, waiting for more.
+        # By default an idle OpenMP thread keeps a core busy for a while, waiting for work.
         waiting = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
@@ -122,7 +122,7 @@ class Worker:
                 [sys.executable, str(script), str(THREADS)],
                 env={**os.environ, **waiting, "PYTHONPATH": str(tree)},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
-                start_new_session=True,  # an interrupt is for the parent, which ends it
+                start_new_session=True,  # an interrupt reaches the parent only, which stops the worker
             )  # fmt: skip
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
@@ -150,14 +150,14 @@ class Worker:
     ) -> None:
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):  # of a request that was not read
+            with suppress(BrokenPipeError):  # if a request was not read
                 if pipe is not None:
                     pipe.close()
         self._process.wait()
 
 
 def difference(base: Mapping[str, Tensor], this: Mapping[str, Tensor]) -> str:
-    """Return what differs beyond rounding, or nothing."""
+    """Return what differs beyond rounding, or an empty string."""
     shapes = [[(name, tensor.shape, tensor.dtype) for name, tensor in side.items()] for side in (base, this)]
     if shapes[0] != shapes[1]:
         return "results differ in number, shape or dtype"
@@ -172,7 +172,7 @@ def difference(base: Mapping[str, Tensor], this: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """Times of a workload and their ratio, or why there are none."""
+    """The times of a workload and their ratio, or why there are none."""
 
     name: str
     base: float = math.nan
@@ -188,7 +188,7 @@ class Row:
 
 
 def take_turns(base: Worker, this: Worker, rounds: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of each round, of the base and of this tree; who is first alternates."""
+    """Return the seconds of each round for the base and for this tree, which alternate in going first."""
     times: dict[str, list[float]] = {base.name: [], this.name: []}
     slowest = max(worker.ask("round", calls=1)["seconds"] for worker in (base, this))
     calls = min(max(round(ROUND_SECONDS / slowest), 2), 200)
@@ -204,7 +204,7 @@ def take_turns(base: Worker, this: Worker, rounds: int) -> tuple[list[float], li
 
 
 def compare(name: str, base: Worker, this: Worker, rounds: int) -> Row:
-    """Measure a workload, if both sides can run it with the same results."""
+    """Measure a workload if both sides can run it with the same results."""
     try:
         with tempfile.TemporaryDirectory(prefix="kdkernels-") as folder:
             path = str(Path(folder) / "workload.pt")
@@ -222,7 +222,7 @@ def compare(name: str, base: Worker, this: Worker, rounds: int) -> Row:
 
 
 def loaded_from(worker: Worker, tree: Path) -> list[str]:
-    """Return notes about a worker's package, which must be that of its tree."""
+    """Return notes about a worker's package, which must come from its tree."""
     side = worker.ask("describe")
     if Path(side["package"]).parent != tree.resolve():
         raise CompareError(f"{worker.name} loaded {side['package']}, not the package in {tree}")
@@ -247,7 +247,7 @@ def report(rows: Sequence[Row], notes: Sequence[str], title: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time this tree against another git revision of it.")
+    parser = argparse.ArgumentParser(description="Time this tree against another git revision.")
     parser.add_argument("--base", default="", help="revision to compare with")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
-"""One side of a comparison: runs workloads on the kdkernels that PYTHONPATH names, as lines of JSON on stdin request.
+"""One side of a comparison: runs workloads on the kdkernels in PYTHONPATH, as requested by lines of JSON on stdin.
 
     python bench/compare/worker.py <threads>
 
 This tree writes each workload to a file: the name of a public function, its options, its inputs and the incoming
-gradients. Both sides load that file, so both run the same; the only module that the trees must have in common is
+gradients. Both sides load that file, so both run the same; the only module that the trees must share is
 kdkernels.functional. A worker that waits for a line is idle, so that the other side has the machine to itself.
 """
 
@@ -37,7 +37,7 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 class Loaded:
-    """A workload from a file: a forward, and a backward to the first of its tensors."""
+    """A workload from a file: a forward, and a backward for the gradient of its first tensor."""
 
     def __init__(self, path: Path) -> None:
         name, options, self.tensors, self.cotangents = torch.load(path, weights_only=True)
@@ -55,7 +55,7 @@ class Loaded:
         return {**outputs, "gradient": self.wanted.grad}
 
     def seconds(self, calls: int) -> float:
-        """Return the median of some calls after one that finds the caches as the other side left them."""
+        """Return the median of some calls, after one that meets the caches as the other side left them."""
         taken = []
         for _ in range(1 + calls):
             self.wanted.grad = None
@@ -66,13 +66,13 @@ class Loaded:
 
 
 class Server:
-    """Answers requests; it holds the tensors of one workload at a time."""
+    """Answers requests; holds the tensors of one workload at a time."""
 
     def __init__(self) -> None:
         self.loaded: Any = None
 
     def describe(self) -> dict[str, Any]:
-        """Say which package is loaded, and whether with its compiled kernels."""
+        """Say which package is loaded, and whether its compiled kernels are."""
         return {
             "package": str(Path(kdkernels.__file__).resolve().parent),
             "compiled": "kdkernels._C" in sys.modules,
@@ -92,7 +92,7 @@ class Server:
 
     def load(self, path: str, results: str) -> dict[str, Any]:
         """Load a workload from a file, and write its results to another."""
-        self.loaded = None  # gives its memory back first
+        self.loaded = None  # frees its memory first
         self.loaded = Loaded(Path(path))
         torch.save(self.loaded.results(), results)
         return {}
@@ -113,7 +113,7 @@ class Server:
 def main() -> None:
     server = Server()
     torch.set_num_threads(int(sys.argv[1]))
-    # Replies alone go to stdout; what anything else prints must not come between them.
+    # Only replies go to stdout; other output must not mix with them.
     with os.fdopen(os.dup(1), "w", buffering=1) as replies:
         os.dup2(2, 1)
         for line in iter(sys.stdin.readline, ""):

@@ -1,1 +1,1 @@
-"""What is measured on a machine with a GPU: ``python -m bench.gpu.run``."""
+"""Measurements on a machine with a GPU: ``python -m bench.gpu.run``."""

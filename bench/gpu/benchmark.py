@@ -1,10 +1,10 @@
-"""The benchmark on a GPU: every case against its rivals, checked first, then timed in turn with device events.
+"""The benchmark on a GPU: every case and its rivals are checked, then timed in turn with device events.
 
     python -m bench.gpu.benchmark [--warm]
 
-Rivals are eager PyTorch, torch.compile of the same, the packages of rivals.py that are installed, and our own Triton
-kernels. All of them start from the same logits, activations or images, and end with a gradient that was None before.
-With --warm it only lets torch.compile fill its cache. A dry run times tiny cases on the CPU.
+Rivals are eager PyTorch, torch.compile of the same, the installed packages of rivals.py, and our own Triton kernels.
+All of them start from the same logits, activations or images, and end with a gradient that was None before. With
+--warm, only torch.compile's cache is filled. A dry run times tiny cases on the CPU.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ NOT_REACHED = "not reached in the time"
 
 
 def capture(call: Callable[[], None], repeats: int = 1, **options: Any) -> torch.cuda.CUDAGraph:
-    """Capture calls in a CUDA graph, after some on a stream of their own."""
+    """Capture calls in a CUDA graph, after some warm-up calls on a separate stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -65,7 +65,7 @@ def launches(call: Callable[[], None]) -> int:
 
 
 def under_graph(passes: Passes, clock: Clock) -> dict[str, Any]:
-    """Time a forward with its backward as part of a graph of many of them, and count their launches."""
+    """Time a forward with its backward in a CUDA graph that repeats them, and count their launches."""
 
     def step(backward: bool = True) -> None:
         passes.clear()
@@ -89,7 +89,7 @@ def under_graph(passes: Passes, clock: Clock) -> dict[str, Any]:
 
 
 def contest_of(case: GpuCase, device: str, compiled: Mapping[str, str | None]) -> Contest:
-    # The native kernels are kdkernels in the report; liger is last: it lets the host wait, which spoils a capture.
+    # The report calls the native kernels kdkernels. liger is last: it makes the host wait, which breaks a capture.
     ours: dict[str, Backend] = {OURS: "native", f"{OURS}, Triton": "triton"}
     contest = enter(case.workload, device, ours, case.rivals, compiled, _free)
     contest.not_timed |= case.missing | dict.fromkeys(COMPILE.keys() - compiled.keys(), "left out")
@@ -97,7 +97,7 @@ def contest_of(case: GpuCase, device: str, compiled: Mapping[str, str | None]) -
 
 
 def rows_of_case(case: GpuCase, contest: Contest, device: str) -> dict[str, dict[str, Any]]:
-    """Return what is recorded of a case by mode, without times."""
+    """Return the records of a case by mode, without times."""
     return {
         mode: {"name": case.name, "extra_info": info_of(case.workload, contest, mode, device, case.goals)}
         for mode in MODES
@@ -114,7 +114,7 @@ def untimed(case: GpuCase, device: str, reason: str) -> dict[str, Any]:
 def measure(
     case: GpuCase, clock: Clock, device: str, *, compiled: Mapping[str, str | None] = COMPILE, seconds: float = 1.5
 ) -> list[dict[str, Any]]:
-    """Check a case, time the contenders that are right, and return a row for each mode."""
+    """Check a case, time the contenders with correct results, and return a row for each mode."""
     contest = contest_of(case, device, compiled)
     rows = rows_of_case(case, contest, device)
     if not contest.passes:
@@ -143,7 +143,7 @@ def _free() -> None:
 
 
 def warm() -> None:
-    """Compile what the benchmark will compile."""
+    """Compile everything that the benchmark will compile."""
     for case in cases(dry=False):
         contest = enter(case.workload, "cuda", {"native": "native"}, {}, case.compiled, _free)
         print(f"{case.name}: {contest.compile_seconds} {contest.not_timed}", flush=True)
@@ -175,7 +175,7 @@ def benchmark(part: Part) -> int:
             measured = [untimed(case, device, why_not(error))]
         rows += measured
         _free()
-        # A first compilation takes longest; half of it is a fair guess for a case whose compilation is cached.
+        # The first compilation takes longest; half of that is a fair guess for a case with a cached compilation.
         longest = max(longest, 0.5 * (left - seconds_left()))
         report = {"benchmarks": [*rows, *(untimed(other, device, NOT_REACHED) for other in waiting)]}
         judged = rows_of(report)

@@ -1,4 +1,4 @@
-"""The resources that the CUDA kernels need, without a GPU: registers, shared memory, spills, and the width of loads.
+"""Measure, without a GPU, what the CUDA kernels need: registers, shared memory, spills, and the width of loads.
 
     python -m bench.gpu.kernel_resources [--write]
 
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = ROOT / "bench/budgets/cuda.json"
 ARCHITECTURES = ("80", "90", "100", "120")
 SOURCES = sorted(ROOT.glob("csrc/*/cuda_kernels.cu"))
-# Kernels that read a whole tensor load 16 bytes at a time where they can. Exceptions: with a thread per position they
-# read number by number, and what combines partial results reads next to nothing.
+# Kernels that read a whole tensor load 16 bytes at a time if possible. Exceptions: kernels with a thread per position
+# read number by number, and kernels that combine partial results read next to nothing.
 NARROW = re.compile(r"^(finish|sum_images|stat_distance|(forward|backward)<\w+, \(Group\)0)")
 
 
@@ -34,7 +34,7 @@ class Usage:
 
     registers: int
     shared: int  # bytes
-    spills: int  # bytes of stores and loads, and of the stack
+    spills: int  # bytes of spill stores, spill loads and the stack frame
 
 
 def nvcc() -> str | None:
@@ -56,14 +56,14 @@ def architectures() -> list[str]:
 
 
 def readable(names: list[str]) -> list[str]:
-    """Return mangled names of kernels as written in their file, with the types but without namespaces."""
+    """Return mangled names of kernels as written in the source, with types but without namespaces."""
     output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     plain = re.sub(r"kdkernels::(cuda::)?(\(anonymous namespace\)::)?|_NV_ANON_NAMESPACE::", "", output)
     return [re.sub(r"^void |\([A-Z]\w+Call.*\)$", "", line) for line in plain.splitlines()]
 
 
 def compile_kernels(source: Path, output: Path, names: list[str]) -> str:
-    """Compile one file for some architectures and return what ptxas prints about each kernel."""
+    """Compile one file for some architectures and return what ptxas prints about its kernels."""
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names]
     command = [nvcc(), "-O3", "-c", *code, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", str(source), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,7 +105,7 @@ def measure() -> tuple[dict[str, dict[str, Usage]], dict[str, bool]]:
     names = architectures()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         outputs = {source: Path(folder) / f"{source.parent.name}.o" for source in SOURCES}
-        # The largest file first, an architecture at a time, so that two processors have enough to do.
+        # The largest file first, one architecture at a time, to keep two processors busy.
         jobs = [
             (source, outputs[source].with_suffix(f".{name}.o"), [name])
             for source in sorted(SOURCES, key=lambda path: -path.stat().st_size)
@@ -122,7 +122,7 @@ def measure() -> tuple[dict[str, dict[str, Usage]], dict[str, bool]]:
 
 def complaints(usages: dict[str, dict[str, Usage]], wide: dict[str, bool], budgets: dict[str, dict]) -> list[str]:
     """Return a sentence for everything that breaks a budget."""
-    result = [f"{kernel} is gone, but has a budget" for kernel in sorted(budgets.keys() - usages.keys())]
+    result = [f"{kernel} has a budget, but no longer exists" for kernel in sorted(budgets.keys() - usages.keys())]
     for kernel, by_architecture in sorted(usages.items()):
         budget = budgets.get(kernel)
         if budget is None:

@@ -1,4 +1,4 @@
-"""What a step of a qualification has found out, on disk."""
+"""The results of a step of a qualification, on disk."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from bench.report.files import write_whole
 
 
 class Part:
-    """What a step has found out so far. It is on disk after every addition, so that a step may be cut at any time."""
+    """The results of a step so far, written to disk after every addition, so that the step may be cut at any time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""A pytest plugin that writes each result at once, so that a run that is cut or crashes keeps its results.
+"""A pytest plugin that writes each result immediately, so that a run that is cut or crashes keeps its results.
 
 KDKERNELS_TEST_RESULTS names the file: one line of JSON for the collection, and one for each test.
 """
@@ -17,7 +17,7 @@ def _message(report):
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:
         return crash.message[:600]
-    # A test that is skipped has the place and the reason instead.
+    # A skipped test has the location and the reason instead.
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return text[-600:]
 

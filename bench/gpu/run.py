@@ -2,11 +2,11 @@
 
     python -m bench.gpu.run [--output build/gpu] [--only build,benchmark] [--dry]
 
-It runs with the interpreter that starts it and the packages installed there, and needs neither a network nor root
-rights. Each step is a process of its own with a budget, past which it is ended; what it found out by then is in the
-report, which is written again after each step: OUTPUT/report.json, report.md, and report.html where matplotlib is
-installed (`python -m bench.report.run` draws it from the JSON elsewhere). The package, logs and caches are in a folder
-beside OUTPUT. --dry does what needs no device.
+It uses the interpreter that starts it and the packages installed there, and needs neither a network nor root rights.
+Each step is a separate process with a time budget, after which it is stopped; its results until then are in the
+report, which is rewritten after each step: OUTPUT/report.json, report.md, and report.html if matplotlib is installed
+(`python -m bench.report.run` draws it from the JSON elsewhere). The package, logs and caches are in a folder beside
+OUTPUT. --dry runs what needs no device.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from bench.report.files import write
 from bench.report.qualification import verdict
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a step's process returns; anything else is a failure.
+# Exit statuses of a step; any other is a failure.
 PASSED, CUT, NOT_AVAILABLE = 0, 3, 4
 STATES = {PASSED: "passed", CUT: "cut", NOT_AVAILABLE: "not available"}
 TOTAL_SECONDS = 525.0
-GRACE_SECONDS = 2.0  # between the request to end and the end
+GRACE_SECONDS = 2.0  # from SIGINT to SIGKILL
 
 
 @dataclass(frozen=True)
 class Step:
-    """A process with a budget in seconds. It writes what it finds out to the file that KDKERNELS_PART names."""
+    """A process with a budget in seconds, which writes its results to the file that KDKERNELS_PART names."""
 
     name: str
     seconds: float
@@ -43,7 +43,7 @@ class Step:
 
 
 def end(process: subprocess.Popen, grace: float = GRACE_SECONDS) -> None:
-    """End a process and all that it started, which are a group."""
+    """Stop a process and everything that it started, which form a process group."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -55,7 +55,7 @@ def end(process: subprocess.Popen, grace: float = GRACE_SECONDS) -> None:
 
 
 def run_step(step: Step, work: Path, environment: dict[str, str], seconds: float) -> dict[str, Any]:
-    """Run a step for at most so many seconds, and return its entry in the report."""
+    """Run a step within a number of seconds, and return its entry in the report."""
     part, log = work / f"{step.name}.json", work / f"{step.name}.txt"
     work.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)
@@ -70,7 +70,7 @@ def run_step(step: Step, work: Path, environment: dict[str, str], seconds: float
         except subprocess.TimeoutExpired:
             state = "cut"
         finally:
-            end(process)  # what the step may have left running, too
+            end(process)  # including anything that the step left running
     content = read_part(part)
     text = log.read_text(errors="replace").strip()
     summary = content.pop("summary", "") or (text.splitlines() or ["nothing was written"])[-1][:200]
@@ -95,9 +95,9 @@ def run_steps(
     dry: bool,
     total: float = TOTAL_SECONDS,
 ) -> dict[str, Any]:
-    """Run the steps one after the other, even if some fail; write the report after each of them, and return it.
+    """Run the steps one after the other, even if some fail; write the report after each step, and return it.
 
-    A step that finds out an environment, a roofline or benchmarks adds them to the report as a whole.
+    If the results of a step include an environment, a roofline or benchmarks, these move to the top of the report.
     """
     start, steps = time.monotonic(), tuple(steps)
     report: dict[str, Any] = {
@@ -125,7 +125,7 @@ def passed(report: dict[str, Any]) -> bool:
 
 
 def interpreter(dry: bool) -> str:
-    """Return this interpreter; a dry run uses that of `make test` if this one has no PyTorch."""
+    """Return this interpreter, or that of `make test` for a dry run if this one has no PyTorch."""
     made = ROOT / ".venv" / "bin" / "python"
     if dry and made.exists() and subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode:
         print(f"{sys.executable} has no PyTorch; the dry run uses {made}", flush=True)
@@ -134,7 +134,7 @@ def interpreter(dry: bool) -> str:
 
 
 def unpacked_wheels(folder: Path) -> list[str]:
-    """Unpack the wheels of KDKERNELS_WHEELS, a folder with rivals for the benchmark, and return where."""
+    """Unpack the wheels in the folder KDKERNELS_WHEELS, rivals for the benchmark; return the folders to import from."""
     wheels = os.environ.get("KDKERNELS_WHEELS")
     found = sorted(Path(wheels).glob("*.whl")) if wheels else []
     for wheel in found:
@@ -150,19 +150,19 @@ def work_beside(folder: Path, dry: bool) -> Path:
 
 
 def environment_of(work: Path, python: str, dry: bool) -> dict[str, str]:
-    """Return the environment of the steps: the package that is built here, and caches beside it."""
+    """Return the environment of the steps: the package built here, and caches beside it."""
     paths = [str(work / "site"), *unpacked_wheels(work / "wheels"), str(ROOT)]
     paths += [path for path in (os.environ.get("PYTHONPATH"),) if path]
     return {
         **os.environ,
         "PATH": os.pathsep.join((str(Path(python).parent), os.environ.get("PATH", os.defpath))),  # ninja is beside it
         "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONSAFEPATH": "1",  # the package is the one that was built, not the sources of the current folder
+        "PYTHONSAFEPATH": "1",  # imports the built package, not the sources in the current folder
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(work / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
         "KDKERNELS_WORK": str(work),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it deterministic algorithms refuse a matrix product
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic algorithms need it for matrix products
         "KDKERNELS_DRY": "1" if dry else "0",
     }
 
@@ -182,9 +182,9 @@ def main() -> int:
         "--output", type=Path, default=ROOT / "build/gpu", help="folder of the report; default: build/gpu"
     )
     parser.add_argument("--only", default="", help="steps to run, separated by commas; an earlier build is kept")
-    parser.add_argument("--dry", action="store_true", help="do what needs no device")
+    parser.add_argument("--dry", action="store_true", help="run only what needs no device")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also stops the step
     folder = options.output.resolve()
     python = interpreter(options.dry)
     steps = steps_of(python, options.dry)

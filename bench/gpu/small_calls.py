@@ -9,7 +9,7 @@ import kdkernels
 from kdkernels.ops._cases import cases_of, registry
 from kdkernels.testing.selftest import results_of
 
-LARGEST = 5000  # elements of a small sample: a sanitizer makes a kernel a thousand times slower
+LARGEST = 5000  # largest number of elements in a small sample: a sanitizer makes a kernel a thousand times slower
 
 
 def calls(large: bool) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -1,4 +1,4 @@
-"""The steps of run.py except the benchmark, each in a process of its own: python -m bench.gpu.steps STEP.
+"""The steps of run.py except the benchmark, each in a separate process: python -m bench.gpu.steps STEP.
 
 The environment says which part of the report a step writes (KDKERNELS_PART), how long it may take (KDKERNELS_SECONDS),
 where the package is built (KDKERNELS_WORK), and whether it is a dry run, which uses no device (KDKERNELS_DRY).
@@ -27,11 +27,11 @@ DRY = os.environ.get("KDKERNELS_DRY") == "1"
 WORK = Path(os.environ.get("KDKERNELS_WORK", ROOT / "build/gpu-work"))
 BEGUN = time.monotonic()
 CORES = machine.cores()
-NO_DEVICE = "this PyTorch can use no CUDA device; `make gpu DRY=1` runs what needs none"
+NO_DEVICE = "this PyTorch cannot use a CUDA device; `make gpu DRY=1` runs what needs none"
 
 
 def seconds_left(reserve: float = 6.0) -> float:
-    """Return what is left of the step's time, less what it needs to end in order."""
+    """Return the seconds left to the step, minus a reserve for an orderly end."""
     return float(os.environ.get("KDKERNELS_SECONDS", "600")) - reserve - (time.monotonic() - BEGUN)
 
 
@@ -45,7 +45,7 @@ def output_of(*command: str, seconds: float = 15.0) -> str | None:
 
 
 def find_tool(name: str) -> str | None:
-    """Return the path of a program of the CUDA toolkit: on PATH, or where toolkits are installed."""
+    """Return the path of a program of the CUDA toolkit: on PATH, or in the usual places."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [Path(home) / "bin" for home in homes if home]
     folders += sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)
@@ -98,7 +98,7 @@ def version_of(name: str) -> str:
 
 
 def build(part: Part) -> int:
-    """Compile into a folder of its own, for the GPU that is there, and load what was compiled."""
+    """Compile into a separate folder, for the GPU of this machine, and import the result."""
     import torch
 
     site, package = WORK / "site", WORK / "site/kdkernels"
@@ -107,7 +107,7 @@ def build(part: Part) -> int:
     mode, variables, start = "cpu" if DRY else "cuda", {}, time.monotonic()
     if DRY:
         part.add(would_build=f"the CUDA kernels too, with {find_tool('nvcc') or 'nvcc, which is not installed'}")
-        # That of this interpreter, if `make test` has built one for it
+        # Reuse the library that `make test` built, if it is for this interpreter.
         for library in (ROOT / "kdkernels").glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
             shutil.copy2(library, package)
             part.add(reused=str(library.relative_to(ROOT)))
@@ -140,7 +140,7 @@ CONTRACT = "equals_reference or inputs_are_not_written or order_of_work or gradc
 
 @dataclass
 class TestRun:
-    """A run of pytest, and the results that it has written."""
+    """A run of pytest, and its results."""
 
     name: str
     target: str
@@ -156,7 +156,7 @@ class TestRun:
         options = ["-q", "-p", "bench.gpu.results_plugin", "-p", "no:cacheprovider"]
         options += ["-q", "--collect-only"] if DRY else [f"--junitxml={self.results.with_suffix('.xml')}"]
         options += ["-k", self.keyword] if self.keyword else []
-        # Tests are collected on any machine for the CPU: for a GPU their inputs would be moved to it.
+        # A dry run collects the tests for the CPU: for a GPU, their inputs would be moved there.
         variables = {"KDKERNELS_TEST_TARGET": "cpu" if DRY else self.target, "OMP_NUM_THREADS": "2"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -172,7 +172,7 @@ class TestRun:
         failures = [entry for entry in outcomes if entry["outcome"] == "failed"]
         code = self.process.poll() if self.process else None
         state = "not begun" if self.process is None else "cut" if self.cut else "running" if code is None else "passed"
-        if failures or (code not in (None, 0, 5) and not self.cut):  # 5: nothing was collected
+        if failures or (code not in (None, 0, 5) and not self.cut):  # 5: no tests were collected
             state = "failed"
         broken = state == "failed" and not failures
         return {
@@ -189,7 +189,7 @@ class TestRun:
 
 
 def correctness(part: Part) -> int:
-    """Run the tests, the most important first, side by side where there are processors for it."""
+    """Run the tests, the most important first, in parallel if there are enough processors."""
     ops = [path.parent.name for path in sorted((ROOT / "kdkernels/ops").glob("*/cases.py"))]
     runs = [TestRun("gpu", "cuda", folder="gpu"), TestRun("gpu_emulator", "cuda", folder="gpu")]
     runs += [TestRun(op, "cuda", CONTRACT) for op in ops]
@@ -210,7 +210,7 @@ def correctness(part: Part) -> int:
         running = [run for run in running if run.process.poll() is None]
         part.add(runs=[run.summary() for run in runs])
     for run in running:
-        run.process.send_signal(signal.SIGINT)  # it writes its own report of the tests that are done
+        run.process.send_signal(signal.SIGINT)  # pytest then reports the finished tests
         run.cut = True
     for run in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -227,7 +227,7 @@ def correctness(part: Part) -> int:
 
 
 def warm_up_compiler() -> subprocess.Popen:
-    """Let torch.compile fill its cache while the tests run: the benchmark does not time compilation."""
+    """Fill the cache of torch.compile while the tests run: the benchmark does not time compilation."""
     log = (WORK / "warm_up.txt").open("w")
     command = [sys.executable, "-m", "bench.gpu.benchmark", "--warm"]
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -237,8 +237,8 @@ def warm_up_compiler() -> subprocess.Popen:
 
 
 def under_tool(command: list[str], *arguments: str, log: Path, seconds: float) -> str:
-    """Run the small calls under a tool, for at most so long, and return what was printed."""
-    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor is an allocation, whose ends the tool sees
+    """Run the small calls under a tool within a number of seconds, and return the output."""
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation per tensor, so the tool sees where each ends
     command = [*command, sys.executable, "-m", "bench.gpu.small_calls", *arguments]
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -252,7 +252,7 @@ def under_tool(command: list[str], *arguments: str, log: Path, seconds: float) -
 
 
 def sanitizer(part: Part) -> int:
-    """Check every op's kernels for accesses out of bounds, then for races."""
+    """Check the kernels of every op for accesses out of bounds, then for races."""
     tool = find_tool("compute-sanitizer")
     if tool is None:
         part.add(summary="compute-sanitizer is not installed")
@@ -284,7 +284,7 @@ METRICS = {
 
 
 def profile(part: Part) -> int:
-    """Look at the forward and the backward kernel of a large divergence; the card's clocks are left as they are."""
+    """Profile the forward and the backward kernel of a large divergence, without changing the GPU's clocks."""
     tool = find_tool("ncu")
     if tool is None:
         part.add(summary="ncu is not installed")

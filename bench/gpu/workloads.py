@@ -11,7 +11,7 @@ from kdkernels.testing.comparison import COMPILE, SMALL
 Function = Callable[..., Any]
 FASTER = {"faster than eager": 4.0, "faster than compile": 1.2}
 FASTER_THAN_LIGER = {"faster than liger": 3.0}
-LARGE = 256_000_000  # bytes of a tensor from which on the share of the copy bandwidth is a goal
+LARGE = 256_000_000  # smallest tensor, in bytes, for which the share of the copy bandwidth is a goal
 SHARE = {"share of copy bandwidth": 0.8}
 LAUNCHES = {"graph microseconds": 15.0, "launches forward": 2, "launches backward": 2}
 TINY = (8, 37, 9, 9)  # largest sizes of a dry run
@@ -22,10 +22,10 @@ class GpuCase:
     """A row of the benchmark.
 
     Attributes:
-        workload: The tensors and functions.
+        workload: Tensors and functions.
         goals: Goals by name.
         rivals: Functions of other packages.
-        missing: Rivals that are missing, with the reason.
+        missing: Reasons of missing rivals, by name.
 
     """
 
@@ -40,17 +40,17 @@ class GpuCase:
 
     @property
     def compiled(self) -> dict[str, str | None]:
-        """Modes of torch.compile: tuning takes long, and only large tensors have tiles to tune."""
+        """The modes of torch.compile: tuning takes long, and only large tensors have tiles to tune."""
         return COMPILE if self.workload.tensor_bytes >= LARGE else {"compile": None}
 
     @property
     def needs_graph(self) -> bool:
-        """Whether launches cost more than bytes, so that it is timed under a CUDA graph too."""
+        """Whether launches cost more than memory traffic, so that the row is also timed under a CUDA graph."""
         return "graph microseconds" in self.goals
 
 
 def case(row: Benchmark) -> GpuCase:
-    """Return a row with the rivals that are installed; its goals are those of its size, unless it has its own."""
+    """Return a row with the installed rivals; its goals depend on its size unless they are given."""
     one = row.workload
     rivals, missing = rivals_of(one, "cuda")
     if row.goals is not None:
@@ -62,7 +62,7 @@ def case(row: Benchmark) -> GpuCase:
 
 
 def cases(dry: bool) -> Iterator[GpuCase]:
-    """Yield the rows that the ops register, the first of every op before the second of any; tiny in a dry run."""
+    """Yield the rows of the ops, the first row of every op before the second; tiny in a dry run."""
     for row in gpu_benchmarks():
         cut = dry and row.workload.tensor_bytes >= SMALL
         yield case(replace(row, shape=tuple(map(min, row.shape, TINY))) if cut else row)

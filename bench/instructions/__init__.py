@@ -1,1 +1,1 @@
-"""Instructions of the CPU kernels: ``python -m bench.instructions.count``."""
+"""Instruction counts of the CPU kernels: ``python -m bench.instructions.count``."""

@@ -1,4 +1,4 @@
-"""Count the instructions that the CPU kernels take: a number without noise, on any machine and beside any other work.
+"""Count the instructions of the CPU kernels: a number without noise, on any machine and beside any other work.
 
     python -m bench.instructions.count [--write]
 
@@ -33,13 +33,13 @@ STANDARD = "-std=c++20"
 # The flags that CPython adds on most systems, fixed here so that the counts are the same with every Python.
 PYTHON_FLAGS = ["-DNDEBUG", "-fwrapv", "-fPIC"]
 MARGIN = 0.03
-MARGIN_OF_ANOTHER_COMPILER = 0.15  # another major version chooses other instructions for the same code
+MARGIN_OF_ANOTHER_COMPILER = 0.15  # another major version of the compiler chooses other instructions for the same code
 NOT_HERE = 3
 
 
 @dataclass(frozen=True)
 class Count:
-    """The instructions of one case, and the number of elements of its input."""
+    """The number of instructions of one case, and of elements in its input."""
 
     instructions: int
     elements: int
@@ -62,7 +62,7 @@ def compiler_version() -> str:
 
 
 def run(*command: str | Path) -> str:
-    """Run a command and return its output; if it fails, what it prints is part of the exception."""
+    """Run a command and return its output; if it fails, the output is part of the exception."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed with status {result.returncode}:\n{result.stderr}")
@@ -83,7 +83,7 @@ def build(folder: Path) -> Path:
             )
         )
     program = folder / "driver"
-    # Library functions are resolved before anything is counted, not at their first call.
+    # Resolve library functions before anything is counted, not at their first call.
     run(COMPILER, *objects, "-Wl,-z,now", "-o", program)
     return program
 
@@ -106,13 +106,13 @@ def count(program: Path) -> dict[str, Count]:
 
 
 def margin(recorded: str, version: str) -> float:
-    """Return how far counts may lie above the budgets, which another version of the compiler may have made."""
+    """Return the allowed excess over the budgets, which is larger if another compiler version made them."""
     return MARGIN if recorded.split(".")[0] == version.split(".")[0] else MARGIN_OF_ANOTHER_COMPILER
 
 
 def complaints(counts: dict[str, Count], budgets: dict[str, Count], allowed: float) -> list[str]:
     """Return a sentence for every case that breaks its budget."""
-    result = [f"{name} is gone, but has a budget" for name in budgets if name not in counts]
+    result = [f"{name} has a budget, but no longer exists" for name in budgets if name not in counts]
     for name, found in counts.items():
         budget = budgets.get(name)
         if budget is None:
@@ -129,7 +129,7 @@ def complaints(counts: dict[str, Count], budgets: dict[str, Count], allowed: flo
 
 
 def savings(counts: dict[str, Count], budgets: dict[str, Count], allowed: float) -> list[str]:
-    """Return a sentence for every case that takes so much less than its budget that this should be updated."""
+    """Return a sentence for every case so far below its budget that the budget should be updated."""
     return [
         f"{name} takes {1 - found.instructions / budgets[name].instructions:.1%} fewer instructions than its budget"
         for name, found in counts.items()
@@ -138,7 +138,7 @@ def savings(counts: dict[str, Count], budgets: dict[str, Count], allowed: float)
 
 
 def table(counts: dict[str, Count], budgets: dict[str, Count]) -> str:
-    """Return a table with a line per case."""
+    """Return a table with one line per case."""
     width = max(map(len, counts))
     lines = [f"{'case':{width}}  instructions  per element    budget   change"]
     for name, found in counts.items():

@@ -1,1 +1,1 @@
-"""Benchmarks of the ops: each against its rivals, and how its cost grows."""
+"""Benchmarks of the ops against their rivals, and of how their cost grows."""

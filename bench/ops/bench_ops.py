@@ -6,13 +6,13 @@ from bench import rivals
 from bench.ops.rows import info_of
 from kdkernels.testing.comparison import COMPILE, SMALL, Contest, enter
 
-CONTESTS: dict[str, Contest] = {}  # of the row at hand, once for all of its modes
+CONTESTS: dict[str, Contest] = {}  # only that of the current row, shared by its modes
 
 
 @pytest.fixture
 def contest(row, request):
     if row.workload.name not in CONTESTS:
-        CONTESTS.clear()  # gives its memory back before more is taken
+        CONTESTS.clear()  # frees its memory first
         functions, missing = rivals.rivals_of(row.workload, "cpu")
         compiled = {} if request.config.getoption("--no-compile") else COMPILE
         contest = enter(row.workload, "cpu", {"kdkernels": "auto"}, functions, compiled)

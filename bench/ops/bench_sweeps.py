@@ -1,4 +1,4 @@
-"""How cost grows with the batch, the classes, the resolution, the layers, the channels, the threads and the ranks."""
+"""Growth of cost with the batch, the classes, the resolution, the layers, the channels, the threads and the ranks."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def _threads_restored():
 
 @pytest.fixture
 def budget(full):
-    """Rounds and seconds of a sweep."""
+    """The rounds and seconds of a sweep."""
     return {"rounds": 15, "seconds": 20.0 if full else 5.0}
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark records of a row, on a CPU and on a GPU, beside its times."""
+"""What a benchmark records about a row, on a CPU or a GPU, besides its times."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from kdkernels.testing.comparison import MODES, Contest
 
 
 def info_of(workload: Workload, contest: Contest, mode: str, device: str, goals: Mapping[str, float]) -> dict[str, Any]:
-    """Return the ``extra_info`` of a workload in a mode; goals are those of a forward with its backward."""
+    """Return the ``extra_info`` of a workload in a mode; the goals are for a forward with its backward."""
     passes = dict(zip(MODES, (*workload.passes[device], sum(workload.passes[device])), strict=True))[mode]
     return {
         "kind": "op", "op": workload.op, "function": workload.function, "shape": list(workload.shape),

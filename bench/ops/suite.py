@@ -1,4 +1,4 @@
-"""The rows of the CPU benchmark, as the ops register them, and what this machine's memory allows of them."""
+"""The rows of the CPU benchmark that the ops register and that fit in the memory of this machine."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from kdkernels.ops._cases import Workload, benchmarks
 from kdkernels.testing.comparison import MODES
 
 LARGEST_SHARE_OF_MEMORY = 0.5
-COPIES = 20  # of a large tensor in fp32: the most that eager PyTorch holds at once, the true results included
+COPIES = 20  # largest number of copies in fp32 of a large tensor at once, in eager PyTorch and the check
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Row:
 
 
 def rows(full: bool) -> Iterator[Row]:
-    """Yield the chosen set, which takes minutes, or every row that fits into memory."""
+    """Yield the quick set, which takes minutes, or all rows, except those that do not fit in memory."""
     for row in benchmarks():
         one = row.workload
         if COPIES * 4 * one.tensor_bytes / row.dtype.itemsize > LARGEST_SHARE_OF_MEMORY * memory_bytes():
@@ -31,5 +31,5 @@ def rows(full: bool) -> Iterator[Row]:
 
 
 def memory_bytes() -> int:
-    """Return the memory of this machine."""
+    """Return the memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

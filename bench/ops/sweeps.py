@@ -1,4 +1,4 @@
-"""What the sweeps time: one function along one parameter, such as the size of the batch, by kdkernels and by eager."""
+"""The sweeps: one function along one parameter, such as the batch size, for kdkernels and eager PyTorch."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from kdkernels.testing.comparison import Passes, relative_error, rotating
 from kdkernels.testing.timing import Timed
 
 TOLERANCE = 1e-4
-CALLS_OF_A_RANK = 5  # in a round, so that the communication between processes is negligible
+CALLS_OF_A_RANK = 5  # calls per round, so that communication between the processes is negligible
 RANK_TIMEOUT = 120.0
 
 Contenders = Mapping[str, Passes]
@@ -34,8 +34,8 @@ class Sweep:
     values: tuple[int, ...]
     contenders: Callable[[int], Contenders]  # kdkernels and eager on the same inputs, drawn for a value
     quick: tuple[int, ...] = ()  # values in the quick set
-    expected_slope: float = 1.0  # of log(time) over log(value), if nothing but the work counts
-    cold: bool = True  # whether large inputs come from memory, so that sizes that fit in a cache do not gain from it
+    expected_slope: float = 1.0  # of log(time) over log(value), if only the work counts
+    cold: bool = True  # whether large inputs come from memory, so that caches do not favour smaller sizes
     sets_threads: bool = False  # whether the value is the number of threads
 
     @property
@@ -54,7 +54,7 @@ class Sweep:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the report needs beside the rounds."""
+        """What the report needs besides the rounds."""
         return {
             "kind": "sweep", "sweep": self.name, "parameter": self.parameter, "unit": self.unit,
             "expected_slope": self.expected_slope, "cold": self.cold,
@@ -71,12 +71,12 @@ def rounds_by_value(rounds: Mapping[str, Sequence[float]], calls: int = 1) -> di
 
 
 def disagreement(contenders: Contenders) -> float:
-    """Return the relative difference of the results of kdkernels and eager PyTorch, in fp64 if eager errs in fp32."""
+    """Return the relative difference between kdkernels and eager PyTorch, in fp64 if fp32 is not accurate enough."""
     ours, eager = contenders["kdkernels"].results(), contenders["eager"]
     gap = relative_error(ours, eager.results())
     if gap <= TOLERANCE:
         return gap
-    # In fp32 on a CPU the norm of ten million numbers has an error of 3e-4.
+    # In eager PyTorch on a CPU, the fp32 norm of ten million numbers has an error of 3e-4.
     wide = tuple(t.detach().double() if t.is_floating_point() else t for t in eager.tensors)
     wide[0].requires_grad_()
     return relative_error(ours, Passes(eager.function, wide, eager.cotangents).results())
@@ -92,7 +92,7 @@ def of_workload(function: str, shape: Sequence[int], variant: str = "") -> Conte
 
 
 def batch_norm_stack(layers: int) -> nn.Sequential:
-    """Return a stack of BatchNorm layers, with running statistics that differ from those of their inputs."""
+    """Return a stack of BatchNorm layers whose running statistics differ from those of their inputs."""
     generator = torch.Generator().manual_seed(0)
     stack = nn.Sequential(*(nn.BatchNorm2d(16) for _ in range(layers)))
     for layer in stack:
@@ -102,11 +102,11 @@ def batch_norm_stack(layers: int) -> nn.Sequential:
 
 
 def watched_stack(layers: int) -> Contenders:
-    """Return the statistics of a stack by BatchNormStatistics, and by a hook on each layer as it is usually written."""
+    """Return the feature loss of a stack by BatchNormStatistics, and by a hook on each layer as usually written."""
     eager_loss = workload("batch_norm_stat_loss", (16, 16, 16, 16)).eager
     images = torch.randn(16, 16, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ours, usual = batch_norm_stack(layers), batch_norm_stack(layers)
-    # The block is never left: it watches as long as the stack lives, as in a loop over many batches.
+    # Never exited: it watches the stack for its lifetime, as in a loop over many batches.
     statistics = BatchNormStatistics(ours).__enter__()
     losses: list[Tensor] = []
 
@@ -128,7 +128,7 @@ def watched_stack(layers: int) -> Contenders:
 
 
 def doubling(first: int, last: int) -> tuple[int, ...]:
-    """Return first, twice that and so on, and last."""
+    """Return the first value, its doublings below the last, and the last."""
     values = [first]
     while 2 * values[-1] < last:
         values.append(2 * values[-1])
@@ -163,7 +163,7 @@ SWEEPS = (
         "kl_div_with_logits(dim=1)", "resolution", "pixels", squares(16, 512),
         partial(square, "kl_div_with_logits", (4, 19), "dim=1"),
     ),
-    # The activations of a layer are in the caches when the next one comes, in training as here.
+    # The activations of a layer are in the caches when the next layer runs, in training as here.
     Sweep(
         "BatchNormStatistics", "layers", "layers", doubling(1, 64), watched_stack, quick=(4, 8, 16, 32), cold=False
     ),
@@ -181,14 +181,14 @@ SWEEPS = (
     ),
 )  # fmt: skip
 
-# Each rank computes the same on a batch of its own, with one thread; the time of a round is that of the slowest.
+# Each rank computes the same on a separate batch with one thread; the slowest rank determines the time of a round.
 RANKS = Sweep(
     "kl_div_with_logits", "ranks", "processes", doubling(1, cores()), lambda _: logits(), expected_slope=0.0, cold=False
 )
 
 
 class Rank:
-    """The state of one process: its contenders, and a barrier for each number of ranks that run at the same time."""
+    """The state of one process: its contenders, and a barrier for each number of concurrent ranks."""
 
     contenders: ClassVar[Contenders]
     barriers: ClassVar[Mapping[int, Any]]
@@ -201,7 +201,7 @@ class Rank:
     @classmethod
     def run(cls, name: str, ranks: int, calls: int) -> float:
         passes = cls.contenders[name]
-        cls.barriers[ranks].wait(RANK_TIMEOUT)  # nor does a process that waits here take a second task
+        cls.barriers[ranks].wait(RANK_TIMEOUT)  # also keeps a process from taking a second task
         start = perf_counter()
         for _ in range(calls):
             passes.clear()
@@ -210,7 +210,7 @@ class Rank:
 
 
 class Ranks(ProcessPoolExecutor):
-    """Processes with one thread each that compute the same at the same time; they are started once, and wait."""
+    """Processes with one thread each that compute the same concurrently; they are started once, and wait."""
 
     def __init__(self, count: int, make: Callable[[], Contenders] = logits, calls: int = CALLS_OF_A_RANK) -> None:
         context = torch.multiprocessing.get_context("spawn")
@@ -220,7 +220,7 @@ class Ranks(ProcessPoolExecutor):
         self.seconds("kdkernels", count)  # starts the processes
 
     def seconds(self, name: str, ranks: int) -> list[float]:
-        """Run a contender in some of the processes at the same time, and return the seconds of each."""
+        """Run a contender in some of the processes concurrently, and return the seconds of each."""
         return list(self.map(Rank.run, [name] * ranks, [ranks] * ranks, [self.calls] * ranks))
 
     def timed(self, name: str, ranks: int) -> Timed:

@@ -1,4 +1,4 @@
-"""What a benchmark recorded, as rows with ratios and goals. Needs no PyTorch, so that any machine can read a report.
+"""The records of a benchmark, as rows with ratios and goals. Needs no PyTorch, so any machine can read a report.
 
 CPU and GPU write the same JSON: ``environment``, ``roofline`` and ``benchmarks``, each of which has a ``name`` and an
 ``extra_info`` with the seconds of every contender in every round. A qualification of a GPU adds its ``steps``.
@@ -13,7 +13,7 @@ from typing import Any
 OURS = "kdkernels"
 COMPILE_MODES = ("compile", "compile max-autotune")
 ORDER = (OURS, "eager", *COMPILE_MODES)
-# Goals that are upper bounds, with their names in the measurements under a CUDA graph.
+# Goals that are upper bounds, and their names in the measurements under a CUDA graph.
 AT_MOST = {
     "graph microseconds": "microseconds",
     "launches forward": "launches_forward",
@@ -23,7 +23,7 @@ AT_MOST = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of a rival over ours, round by round: median, 10th and 90th percentile."""
+    """The time of a rival divided by ours, round by round: median, 10th and 90th percentile."""
 
     median: float
     low: float
@@ -37,14 +37,14 @@ class Ratio:
 
 
 def pairwise_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Return the ratio of times of the same rounds."""
+    """Return the ratio of times in the same rounds."""
     ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
     tenths = quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios
     return Ratio(median(ratios), tenths[0], tenths[-1])
 
 
 def compare(rounds: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, Ratio]]:
-    """Return the median of every contender, and the ratio of every rival."""
+    """Return the median of each contender, and the ratio of each rival."""
     medians = {name: median(times) for name, times in rounds.items()}
     return medians, {name: pairwise_ratio(rounds[OURS], times) for name, times in rounds.items() if name != OURS}
 
@@ -62,12 +62,12 @@ class Benchmark:
 
     @property
     def not_timed(self) -> dict[str, str]:
-        """Why a rival has no ratio."""
+        """Why each rival without a ratio has none."""
         return self.info.get("not_timed") or {}
 
     @property
     def failed(self) -> str:
-        """Why there are no times at all, or nothing."""
+        """Why there are no times at all, or an empty string."""
         reason = self.info.get("failed") or self.not_timed.get(OURS, "")
         return reason or ("" if self.info.get("rounds") else "not timed")
 
@@ -93,7 +93,7 @@ class Row(Benchmark):
 
     @property
     def parts(self) -> tuple[str, str, str, str, str]:
-        """Function, shape, dtype, variant and mode, which tell rows apart."""
+        """The function, shape, dtype, variant and mode, which identify a row."""
         function, dtype, variant, mode = (self.info.get(key) or "" for key in ("function", "dtype", "variant", "mode"))
         return function or self.name, shape_text(self.info.get("shape") or ()), dtype, variant, mode
 
@@ -103,7 +103,7 @@ class Row(Benchmark):
 
     @property
     def rivals(self) -> dict[str, Ratio]:
-        """The ratios without other builds of our own code, and without a floor, which is part of every contender."""
+        """The ratios except those of other builds of our code, and of a floor, which is part of every contender."""
         floor = self.info.get("floor")
         return {name: ratio for name, ratio in self.ratios.items() if name != floor and not name.startswith(OURS)}
 
@@ -148,7 +148,7 @@ def by_op(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return each name once: ours, eager PyTorch, torch.compile, and the others alphabetically."""
+    """Return each name once: ours, eager PyTorch, torch.compile, then the others alphabetically."""
     return sorted(set(names), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
@@ -158,7 +158,7 @@ def rivals_of(rows: Iterable[Row]) -> list[str]:
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal of a row. Where nothing was measured, the note says why; otherwise it may name the rival."""
+    """A goal of a row. If nothing was measured, the note says why; otherwise it may name the rival."""
 
     row: Row
     name: str
@@ -168,7 +168,7 @@ class Goal:
 
     @property
     def short_by(self) -> float:
-        """By what share of the goal it was missed; not positive where it was met."""
+        """The share of the goal by which it was missed; not positive if it was met."""
         gap = 1 - (self.measured or 0.0) / self.wanted
         return -gap if self.name in AT_MOST else gap
 

@@ -12,7 +12,7 @@ from bench.report.tables import contents
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a run that is killed, finds the old text or the new one."""
+    """Replace a file atomically: a reader sees the old text or the new one, even if the run is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     new.write_text(text, encoding="utf-8")
@@ -20,7 +20,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Return four significant digits of every number, and null for those that JSON does not have."""
+    """Return every number with four significant digits, and null for those that JSON does not have."""
     if isinstance(value, Mapping):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -35,7 +35,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def dump(report: Mapping[str, Any]) -> str:
-    """Return a report as JSON with one benchmark a line, so that versions of it can be compared."""
+    """Return a report as JSON with one benchmark per line, so that versions of it can be compared."""
     head = (
         f'"{key}": {json.dumps(value, ensure_ascii=False)},\n' for key, value in report.items() if key != "benchmarks"
     )
@@ -44,7 +44,7 @@ def dump(report: Mapping[str, Any]) -> str:
 
 
 def write(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Write a report and return the names of its files; the page needs matplotlib, and is left out without it."""
+    """Write a report and return the names of its files; the HTML page is left out without matplotlib."""
     report = {**report, "benchmarks": rounded(report["benchmarks"])}
     blocks = contents(report)
     write_whole(folder / "report.json", dump(report))

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them."""
+"""Numbers formatted for readers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def factor(value: float) -> str:
-    """Return a ratio in as many digits as it takes to see on which side of 1 it is."""
+    """Return a ratio with enough digits to show which side of 1 it is on."""
     if 0.9 < value < 1.1:
         return f"{value:.3f}" if f"{value:.2f}" == "1.00" else f"{value:.2f}"
     return significant(value, digits=2)

@@ -1,4 +1,4 @@
-"""Every number, row by row: ratios, memory and bandwidth, CUDA graphs, and growth along a parameter."""
+"""Every number, row by row: ratios, memory and bandwidth, CUDA graphs, and growth with a parameter."""
 
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -13,7 +13,7 @@ MOST = 30  # rows that fit in a figure
 
 
 def figure(caption: str, plot: str, *arguments: Any) -> Figure:
-    """Return a figure of plots.py, which is imported when it is drawn: not every machine has matplotlib."""
+    """Return a figure of plots.py, which is imported only to draw it: not every machine has matplotlib."""
     return Figure(caption, lambda: getattr(import_module("bench.report.plots"), plot)(*arguments))
 
 
@@ -62,9 +62,9 @@ def roofline(rows: Sequence[Row], copy: float | None) -> Iterator[Block]:
         return
     yield Heading(2, "Memory and bandwidth")
     yield Paragraph(
-        "Bytes are those of the passes over memory that the documentation of the op states; they are not measured. The "
-        "share is of the measured bandwidth of a copy. It can exceed 100 % where data is in a cache or mostly read. "
-        "Peak memory is that beyond the inputs."
+        "Bytes follow from the passes over memory that the op's documentation states; they are not measured. The share "
+        "is of the measured bandwidth of a copy. It can exceed 100 % if data is in a cache or mostly read. Peak memory "
+        "does not include the inputs."
     )
     yield Table([head for head, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
 
@@ -93,8 +93,8 @@ def growth(sweeps: Sequence[Sweep]) -> Iterator[Block]:
     yield Heading(2, "Sweeps")
     yield Paragraph(
         "The slope is the exponent of time as a power of the parameter: a least-squares fit of logarithms to the upper "
-        "half of the values, since small inputs show overhead. The cost of a doubling is the ratio of medians of "
-        "neighbouring values; a step by another factor s is converted to it by the power 1 / log2(s). More than "
+        "half of the values, since small inputs show overhead. The cost of a doubling is the ratio of the medians of "
+        "neighbouring values; for a step by another factor s, it is raised to the power 1 / log2(s). More than "
         f"{TOO_MUCH} is flagged."
     )
     flags = [

@@ -1,4 +1,4 @@
-"""Plots as SVG text. Each contender has one colour and one marker in all of them, told apart without colour too."""
+"""Plots as SVG text. Each contender has the same colour and marker in all of them."""
 
 import io
 import math
@@ -29,20 +29,20 @@ LINE = 0.2  # inches
 
 
 def look(contender: str) -> tuple[str, str]:
-    # The name alone decides, so that a contender looks the same in all figures and in all reports.
+    # The name alone decides, so that a contender looks the same in every figure of every report.
     return LOOKS.get(contender) or OTHERS[sum(contender.encode()) % len(OTHERS)]
 
 
 def as_svg(figure: Figure) -> str:
     target = io.StringIO()
-    # Text stays text: it is small, can be searched and read aloud. A salt gives the same file for the same report.
+    # Text stays text: it is small, and can be searched and read aloud. A fixed salt makes the files reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": OURS}):
         figure.savefig(target, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     return target.getvalue()
 
 
 def axes_of(width: float, height: float, label: str) -> tuple[Figure, Axes]:
-    """Return a figure that is all axes; labels and legends stand outside."""
+    """Return a figure filled by its axes; labels and legends are outside."""
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlabel(label, fontsize=9)
@@ -70,7 +70,7 @@ def legend_above(axes: Axes) -> None:
 
 
 def log_axis(axes: Axes, which: Literal["x", "y"], values: Sequence[float], margin: float) -> float:
-    """Give an axis a logarithmic scale around values, with round numbers on it; return its low end."""
+    """Give an axis a logarithmic scale around values, with round numbers; return its low end."""
     low, high = min(values) / margin, max(values) * margin
     decades = math.log10(high / low)
     digits = (1, 1.5, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 3.2 else (1,)
@@ -85,7 +85,7 @@ def log_axis(axes: Axes, which: Literal["x", "y"], values: Sequence[float], marg
 
 
 def ratio_plot(rows: Sequence[Row]) -> str:
-    """Plot each rival's time over ours on a log axis, with the spread and a line at 1."""
+    """Plot the time of each rival divided by ours on a log axis, with the spread and a line at 1."""
     rivals = in_order(rival for row in rows for rival in row.ratios)
     line = LINE + 0.07 * (len(rivals) - 1)
     figure, axes = row_axes(rows, line, "rival's time / time of kdkernels, median and 10–90 % spread")
@@ -108,7 +108,7 @@ def ratio_plot(rows: Sequence[Row]) -> str:
 
 
 def sweep_plot(sweep: Sweep) -> str:
-    """Plot median times along the parameter, both on log axes, with the expected slope through our last point."""
+    """Plot median times against the parameter, both on log axes, with the expected slope through our last point."""
     figure, axes = axes_of(6.0, 3.8, sweep.axis)
     axes.set_ylabel("median time, ms", fontsize=9)
     axes.grid(color="#dddddd", linewidth=0.6)

@@ -1,4 +1,4 @@
-"""What the report of a qualification of a GPU has beyond that of a benchmark: its steps, and what each found out."""
+"""What a report on a GPU has beyond that of a benchmark: the steps of the qualification and their results."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

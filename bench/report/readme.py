@@ -1,4 +1,4 @@
-"""The benchmark table of the README, which says nothing that the report does not."""
+"""The benchmark table of the README, taken from the report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ INTRO = (
 
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that a user meets first: the quick set of ops, forward with backward, and all routines."""
+    """Return the rows of the table: the quick set of ops, forward with backward, and all routines."""
     rows = [row for row in rows if row.info.get("mode") == MODES.get(row.kind)]
     quick = (row.workload for row in suite.rows(full=False))
     names = {(w.function, shape_text(w.shape), str(w.dtype).removeprefix("torch."), w.variant) for w in quick}
@@ -55,10 +55,10 @@ def _times(row: Row, rival: str) -> str:
 
 
 def insert_table(text: str, report: Mapping[str, Any]) -> str:
-    """Return a README with the table of this report between its two markers.
+    """Return a README with the table of a report between its two markers.
 
     Raises:
-        ValueError: the text does not have both markers once, in their order.
+        ValueError: The text does not have both markers once each, in this order.
 
     """
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):

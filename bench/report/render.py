@@ -30,7 +30,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with a look: "faster", "slower", "tie" or "failed"."""
+    """A cell with a style: "faster", "slower", "tie" or "failed"."""
 
     text: str
     look: str
@@ -40,12 +40,12 @@ class Cell:
 class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
-    words: int = 1  # leading columns that hold words, aligned to the left; the others hold numbers
+    words: int = 1  # number of leading columns with words, aligned to the left; the others hold numbers
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot, drawn as SVG when the page asks for it; the Markdown has none."""
+    """A plot, drawn as SVG for the page; left out of the Markdown."""
 
     caption: str
     draw: Callable[[], str] = field(repr=False)
@@ -55,7 +55,7 @@ Block = Heading | Paragraph | Bullets | Code | Table | Figure
 
 
 def escape_markdown(text: str) -> str:
-    """Keep what is special to Markdown or HTML as it reads; underscores within words are not special."""
+    """Escape characters that are special in Markdown or HTML; underscores within words are not."""
     return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
@@ -169,7 +169,7 @@ def _table(table: Table) -> str:
 
 
 def inline(svg: str, prefix: str, label: str) -> str:
-    """Return an SVG file as an element: small, and with ids that no other element of the page has."""
+    """Return an SVG file as an element of a page, made smaller and with unique ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)

@@ -3,7 +3,7 @@
     python -m bench.report.run INPUT.json --output FOLDER [--readme README.md]
 
 The input is the report.json of a benchmark or of a qualification of a GPU. With --readme, the table between the two
-markers in that file is replaced.
+markers of that file is replaced.
 """
 
 import argparse

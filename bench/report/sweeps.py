@@ -1,4 +1,4 @@
-"""How time grows with a parameter: slopes on a log-log scale, and the cost of each doubling."""
+"""Growth of time with a parameter: slopes on a log-log scale, and the cost of each doubling."""
 
 import math
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ TOO_MUCH = 2.2
 
 
 class Sweep(Benchmark):
-    """Times along a parameter; the rounds are by contender and value."""
+    """The times along a parameter; the rounds are stored by contender and value."""
 
     @cached_property
     def points(self) -> dict[float, tuple[dict[str, float], dict[str, Ratio]]]:
-        """Medians and ratios by value."""
+        """The medians and ratios by value."""
         rounds = {} if self.failed else self.info["rounds"]
         values = sorted({value for times in rounds.values() for value in times}, key=float)
         return {float(value): compare({name: times[value] for name, times in rounds.items()}) for value in values}
@@ -35,7 +35,7 @@ class Sweep(Benchmark):
 
 
 def fitted_slope(seconds: Mapping[float, float]) -> float | None:
-    """Return the exponent of the power law that fits the upper half of the values best, by least squares of logarithms.
+    """Return the exponent of the power law that best fits the upper half of the values, in logarithms.
 
     Small inputs show overhead, not growth.
     """
@@ -49,7 +49,7 @@ def fitted_slope(seconds: Mapping[float, float]) -> float | None:
 
 
 def doublings(seconds: Mapping[float, float]) -> dict[float, float]:
-    """Return, by value, the cost of the step to it, converted to that of a doubling."""
+    """Return, by value, the cost of the step to it, converted to the cost of a doubling."""
     pairs = pairwise(sorted(seconds))
     return {high: (seconds[high] / seconds[low]) ** (1 / math.log2(high / low)) for low, high in pairs}
 

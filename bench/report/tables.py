@@ -1,4 +1,4 @@
-"""The contents of the report: what was measured and how, where we lose, goals, failures, and then every number."""
+"""The contents of the report: what was measured and how, where we lose, goals, failures, then every number."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

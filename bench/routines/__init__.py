@@ -1,1 +1,1 @@
-"""Benchmarks of the routines, end to end."""
+"""End-to-end benchmarks of the routines."""

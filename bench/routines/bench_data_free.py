@@ -1,7 +1,7 @@
-"""Benchmarks of a short round of data-free distillation on the digits: images from the teacher, a student from them.
+"""Benchmarks of a short round of data-free distillation on the digits: synthesize images, then train a student.
 
-"eager" synthesizes with the published iteration and trains with the eager loss, "compile" compiles both. "reference
-backend" is our own routine on plain PyTorch, which shows what the kernels alone save.
+"eager" synthesizes with the published iteration and trains with the eager loss; "compile" compiles both. "reference
+backend" is our own routine in plain PyTorch, which shows what the kernels alone save.
 """
 
 import copy
@@ -23,11 +23,11 @@ from kdkernels.distillation.data_free import balanced_labels, batch_generator
 from kdkernels.inversion import InversionConfig
 from kdkernels.models import SmallCNN
 
-Run = Callable[[nn.Module, nn.Module], Tensor]  # of a teacher and a student, which is trained; returns the images
-TOLERANCE = 1e-4  # of the images and of the student's parameters
+Run = Callable[[nn.Module, nn.Module], Tensor]  # takes a teacher and a student to train; returns the images
+TOLERANCE = 1e-4  # for the images and the student's parameters
 INVERSION = replace(InversionConfig.preset("digits"), batch_size=64).with_iterations(10)
 CONFIG = DataFreeConfig(rounds=1, batches=1, epochs=4)
-ONE_COMPILED = "its compilation takes longer than the round; what it does is timed in the benchmark of the iteration"
+ONE_COMPILED = "compiling takes longer than the round; the benchmark of the iteration times the compiled code"
 
 
 def eager_divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -50,9 +50,9 @@ def reference_round(teacher: nn.Module, student: nn.Module) -> Tensor:
 
 
 def published_round(teacher: nn.Module, compile_mode: str | None = None) -> Run:
-    """Return a round with the published iteration and a student's loss, as a user would combine them.
+    """Return a round with the published iteration and an eager loss, as a user would combine them.
 
-    The draws are those of our round.
+    It draws the same random numbers as our round.
     """
     inverter = PublishedInversion(teacher, INVERSION, freeze=compile_mode is not None, compile_mode=compile_mode)
     loss = eager_divergence if compile_mode is None else torch.compile(eager_divergence, dynamic=False)
@@ -81,7 +81,7 @@ def published_round(teacher: nn.Module, compile_mode: str | None = None) -> Run:
 
 
 class Round:
-    """A round that can be run again, with a new copy of the student each time."""
+    """A round that can be repeated, with a new copy of the student each time."""
 
     def __init__(self, run: Run, teacher: nn.Module, student: nn.Module) -> None:
         self.run, self.teacher, self.first = run, teacher, student
@@ -93,7 +93,7 @@ class Round:
         return self.run(self.teacher, self.student)
 
     def results(self) -> list[Tensor]:
-        """Return the images, and the student's parameters."""
+        """Return the images and the student's parameters."""
         self.prepare()
         images = self.call()
         return [images, torch.cat([parameter.detach().flatten() for parameter in self.student.parameters()])]

@@ -22,7 +22,7 @@ from kdkernels.inversion import DeepInversion, InversionConfig
 from kdkernels.inversion.deep_inversion import learning_rate_at
 from kdkernels.testing.comparison import COMPILE, relative_error
 
-EXACT = 1e-9  # of the loss and of the images' gradient in fp64
+EXACT = 1e-9  # tolerance for the loss and the images' gradient in fp64
 FLOOR = "network alone"
 
 
@@ -33,7 +33,7 @@ class Case:
     model: str
     shape: tuple[int, int, int, int]
     preset: str
-    memory: int = 0  # bytes that a machine must have
+    memory: int = 0  # bytes of memory that it needs
     rounds: int = 15
 
 
@@ -46,7 +46,7 @@ FULL = [
 
 
 class OurIteration:
-    """The body of the loop of ``DeepInversion.synthesize``, one iteration a call; use it inside ``watching``."""
+    """The loop body of ``DeepInversion.synthesize``, one iteration per call; use it inside ``watching``."""
 
     def __init__(self, inverter: DeepInversion, images: Tensor, labels: Tensor, *, compiled: bool = False) -> None:
         self.inverter, self.config, self.labels = inverter, inverter.config, labels
@@ -60,7 +60,7 @@ class OurIteration:
     def loss_terms(self, images: Tensor, labels: Tensor, offsets: tuple[int, int], flip: bool) -> Terms:
         if self.compiled is None:
             return self.inverter._terms(images, labels, 1, offsets, flip)
-        # The augmentation stays outside, as for the published code: another roll is another graph for the compiler.
+        # The augmentation is not compiled, as in the published code: each roll would be a new graph for the compiler.
         augmented = torch.roll(images, offsets, (2, 3))
         return self.compiled(augmented.flip(3) if flip else augmented, labels, 1, (0, 0), False)
 
@@ -91,14 +91,14 @@ def network_of(case: Case) -> nn.Module:
 def results_of(
     loss_terms: Callable[..., Terms], images: Tensor, labels: Tensor, offsets: tuple[int, int], flip: bool
 ) -> list[Tensor]:
-    """Return the loss and the gradient of the images."""
+    """Return the loss and the images' gradient."""
     images = images.detach().clone().requires_grad_()
     loss = loss_terms(images, labels, offsets, flip)["loss"]
     return [loss.detach(), *torch.autograd.grad(loss, images)]
 
 
 def stepping(config: InversionConfig, iteration: Callable[..., object]) -> Callable[[], None]:
-    """Return a step with an augmentation drawn for it, the same for all contenders."""
+    """Return a step with a randomly drawn augmentation, the same for all contenders."""
     generator = torch.Generator().manual_seed(1)
     return lambda: iteration(*draw_augmentation(config, generator))
 
@@ -156,7 +156,7 @@ def test_iteration(race, full, case):
 
 
 def network_alone(teacher: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a forward and a backward of a frozen network, to the images."""
+    """Return a forward of a frozen network, and a backward to the images."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     images = images.detach().clone().requires_grad_()
     return lambda: torch.autograd.grad(F.cross_entropy(teacher(images), labels), images)

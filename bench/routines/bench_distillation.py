@@ -45,7 +45,7 @@ def our_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def eager_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Hinton, Vinyals and Dean, arXiv 1503.02531, as it is written in PyTorch."""
+    """The loss of Hinton, Vinyals and Dean, arXiv 1503.02531, as usually written in PyTorch."""
     log_q, log_p = F.log_softmax(student / TEMPERATURE, 1), F.log_softmax(teacher / TEMPERATURE, 1)
     divergence = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     return KD_WEIGHT * TEMPERATURE**2 * divergence + CE_WEIGHT * F.cross_entropy(student, labels)
@@ -56,7 +56,7 @@ def no_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 class Training:
-    """A student that is trained with a loss, on the same batch in every step."""
+    """A student trained with a loss, on the same batch in every step."""
 
     def __init__(self, student: nn.Module, loss: Loss, images: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.student, self.loss = copy.deepcopy(student).to(images.dtype).train(), loss
@@ -71,7 +71,7 @@ class Training:
         return loss
 
     def results(self) -> list[Tensor]:
-        """Return the loss and the student's gradient."""
+        """Return the loss and the student's gradients."""
         loss = self.step().detach()
         return [loss, torch.cat([parameter.grad.flatten() for parameter in self.student.parameters()])]
 

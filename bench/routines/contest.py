@@ -1,4 +1,4 @@
-"""What the benchmarks of the routines share: networks for small images, and the check before the timing."""
+"""Shared by the benchmarks of the routines: networks for small images, and the check before the timing."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ SIZES = {
     "ResNet-20": ((3, 3, 3), (16, 32, 64)),
     "ResNet-18": ((2, 2, 2, 2), (64, 128, 256, 512)),
 }
-# Rounding in fp32 flips the sign of some inputs of ReLU, more of them in deeper networks, in every implementation.
+# In every implementation, rounding in fp32 flips the sign of some inputs to ReLU, more of them in deeper networks.
 TOLERANCES = {"SmallCNN": 1e-4, "ResNet-8": 1e-4, "ResNet-20": 1e-2, "ResNet-18": 1e-2, "ResNet-50": 1e-2}
-ONLY_IN_FULL = "only in the full set: compiling a network takes longer than everything else here"
+ONLY_IN_FULL = "only in the full set: compiling a network takes longer than everything else in the quick set"
 
 
 class Block(nn.Module):
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Sequential):
-    """A residual network for images of 32x32 pixels: one of SIZES. Source: He et al., arXiv 1512.03385."""
+    """A residual network for images of 32x32 pixels, one of SIZES. Source: He et al., arXiv 1512.03385."""
 
     def __init__(self, name: str, num_classes: int = 10) -> None:
         blocks, widths = SIZES[name]
@@ -57,7 +57,7 @@ class CifarResNet(nn.Sequential):
 
 @torch.no_grad()
 def with_statistics(model: nn.Module, images: Tensor) -> nn.Module:
-    """Give a new network the running statistics of images, and return it."""
+    """Set the running statistics of a new network from images, and return it."""
     layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for layer in layers:
         layer.momentum = 1.0
@@ -69,11 +69,11 @@ def with_statistics(model: nn.Module, images: Tensor) -> nn.Module:
 
 @dataclass(frozen=True)
 class Contender:
-    """An implementation of a step of a routine."""
+    """One implementation of a step of a routine."""
 
     call: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
-    results: Callable[[], list[Tensor]] | None = None  # compared with the truth; None for a part of the step
+    results: Callable[[], list[Tensor]] | None = None  # compared with the truth; None if it is only part of the step
     compiled: bool = False  # whether the first results include a compilation
 
 
@@ -86,9 +86,9 @@ def check_and_race(
     rounds: int = 15,
     **info: Any,
 ) -> None:
-    """Time the contenders whose results agree with the truth, which is in fp64; kdkernels must be among them.
+    """Time the contenders whose results agree with the truth in fp64; kdkernels must be among them.
 
-    The tolerance is relative: norm of the error over norm of the result.
+    The tolerance is relative: the norm of the error divided by that of the result.
     """
     errors: dict[str, float] = {}
     compile_seconds: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""One iteration of DeepInversion as its published code runs it, written from its formulas.
+"""One iteration of DeepInversion as in its published code, written from the formulas.
 
 Source: Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020, arXiv 1912.08795.
-As a rival in the benchmark it spends what the published code spends: a forward hook on every BatchNorm2d with a copy of
-the activation for its variance, total variation in both norms even where a weight is 0, unused gradients of the
+As a rival in the benchmark it does the same work as the published code: a forward hook on every BatchNorm2d with a copy
+of the activation for its variance, total variation in both norms even if a weight is 0, unused gradients of the
 teacher's parameters, and a wait for the loss in every iteration.
 """
 
@@ -21,7 +21,7 @@ Terms = dict[str, Tensor]
 
 
 def total_variation(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the total variation in the l1 and in the l2 norm, from four differences of shifted images."""
+    """Return the total variation in the l1 and l2 norms, from four differences of shifted images."""
     differences = (
         images[:, :, :, :-1] - images[:, :, :, 1:],
         images[:, :, :-1, :] - images[:, :, 1:, :],
@@ -41,7 +41,7 @@ def draw_augmentation(config: InversionConfig, generator: torch.Generator | None
 
 
 class PublishedInversion:
-    """The published iteration, on a copy of the teacher that it hooks.
+    """The published iteration, with hooks on a copy of the teacher.
 
     ``freeze`` switches off the unused gradients of the teacher's parameters, as a careful user does with one more line;
     ``compile_mode`` compiles everything between the augmented images and the loss.
@@ -64,7 +64,7 @@ class PublishedInversion:
         self._distances: list[Any] = [None] * len(layers)
         for index, layer in enumerate(layers):
             layer.register_forward_hook(self._hook_of(index))
-        # The augmentation stays outside: another roll in every iteration is another graph for the compiler.
+        # The augmentation is not compiled: each roll would be a new graph for the compiler.
         self._terms_of = (
             self._terms if compile_mode is None else torch.compile(self._terms, mode=compile_mode, dynamic=False)
         )
@@ -82,7 +82,7 @@ class PublishedInversion:
     def loss_terms(
         self, images: Tensor, labels: Tensor, offsets: tuple[int, int] = (0, 0), flip: bool = False
     ) -> Terms:
-        """Return the weighted terms of the loss of rolled and flipped images, and their sum, "loss"."""
+        """Return the weighted terms of the loss for rolled and flipped images, and their sum, "loss"."""
         augmented = torch.roll(images, offsets, (2, 3))
         if flip:
             augmented = torch.flip(augmented, (3,))
@@ -116,7 +116,7 @@ class PublishedInversion:
         self.best_loss, self.best_images = float("inf"), self.images.detach()
 
     def iteration(self, offsets: tuple[int, int] = (0, 0), flip: bool = False) -> float:
-        """Take a step, and return the loss before it."""
+        """Take a step and return the loss before it."""
         self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.config, self.done, self.iterations)
         self.optimizer.zero_grad()
         self.teacher.zero_grad()
@@ -127,7 +127,7 @@ class PublishedInversion:
             self._clip()
         value = loss.item()
         if value < self.best_loss:
-            # As published: the images after the step, or only a reference to them if the last ones are kept.
+            # As published: a copy of the images after the step, or just a reference if the last ones are kept.
             images = self.images.detach()
             self.best_loss, self.best_images = value, images.clone() if self.config.keep == "best" else images
         self.done += 1
@@ -139,7 +139,7 @@ class PublishedInversion:
             self.images[:, channel] = torch.clamp(self.images[:, channel], -mean / std, (1 - mean) / std)
 
     def synthesize(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Run all iterations from given images, and return those that are kept."""
+        """Run all iterations from given images, and return the images to keep."""
         self.begin(images, labels)
         for _ in range(self.iterations):
             self.iteration(*draw_augmentation(self.config, generator))

@@ -87,7 +87,7 @@ def test_the_check_can_fail():
     counts = {"kept": Count(1030, 10), "slow": Count(2000, 10), "new": Count(1, 1), "other": Count(1000, 20)}
     found = instruction_counts.complaints(counts, budgets, instruction_counts.MARGIN)
     assert found == [
-        "lost is gone, but has a budget",
+        "lost has a budget, but no longer exists",
         "slow takes 2000 instructions, 100.0% more than its budget of 1000; allowed are 3%",
         "new has no budget in bench/budgets/instructions.json",
         "other has 20 elements; its budget is for 10",
