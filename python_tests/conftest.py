@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and the report of the cases in which eager PyTorch is more accurate."""
+"""Fixtures for all tests, and the list of cases in which eager PyTorch is more accurate."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from dataclasses import replace
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", "build", "inductor"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers, and the processes that they start, share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers and their child processes share the cores
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ settings.load_profile("kdkernels")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests of kernels for an op that has none, and skip them where nothing was built."""
+    """Deselect tests of kernels for ops that have none, and skip them if nothing was built."""
     kept, left_out = [], []
     for item in items:
         of_kernels = item.get_closest_marker("of_kernels") is not None
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
 def _reproducible():
     """Fixed seed, and NaN in every tensor that a kernel leaves unwritten."""
     torch.manual_seed(0)
-    # On a GPU eager PyTorch itself has operations that are not deterministic.
+    # On a GPU, some operations of eager PyTorch are not deterministic.
     torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")
     with kdkernels.set_backend("triton" if KERNELS and KERNEL_BACKEND == "triton" else "auto"):
         yield
@@ -55,7 +55,7 @@ def backend(request):
 
 @pytest.fixture
 def scalars_on_device(monkeypatch):
-    """Pass every scalar of a Triton kernel as a pointer, as one on a GPU is, and let no value be seen."""
+    """Pass every scalar of a Triton kernel as a pointer, like one on a GPU, and hide all values."""
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("kdkernels.ops") and hasattr(module, "known_to_host"):
             monkeypatch.setattr(module, "known_to_host", lambda scalar: False)
@@ -64,7 +64,7 @@ def scalars_on_device(monkeypatch):
 
 @pytest.fixture(scope="session")
 def digits_teacher():
-    """A network trained on the digits; tests must leave it as it is."""
+    """A network trained on the digits; tests must not change it."""
     from kdkernels.cli.demo import DemoSettings, train_teacher
     from kdkernels.data import load_digits
 
@@ -72,7 +72,7 @@ def digits_teacher():
 
 
 def pytest_generate_tests(metafunc):
-    """Run the contract's tests on the cases of the class."""
+    """Run the tests of the contract on the cases and calls of the class."""
     cls = metafunc.cls
     if cls is None or not issubclass(cls, OpContract):
         return
@@ -86,7 +86,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_sessionfinish(session):
-    """Hand the accuracy of a worker's cases to the process that reports."""
+    """Send the accuracy of a worker's cases to the process that reports."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["accuracy"] = [(row.name, row.ours, row.eager) for row in ACCURACY]
 
@@ -97,7 +97,7 @@ def pytest_testnodedown(node):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """List the cases where eager PyTorch is closer to the float64 reference than the kernels."""
+    """List the cases in which eager PyTorch is closer to the float64 reference than the kernels."""
     if not ACCURACY:
         return
     better = [row for row in ACCURACY if row.ours > row.eager]
@@ -109,4 +109,4 @@ def pytest_terminal_summary(terminalreporter):
     for row in sorted(better, key=lambda row: row.eager - row.ours)[:60]:
         terminalreporter.write_line(f"  {row.name}: kernels {row.ours:.2f}, eager {row.eager:.2f}")
     if len(better) > 60:
-        terminalreporter.write_line(f"  and {len(better) - 60} more by less")
+        terminalreporter.write_line(f"  and {len(better) - 60} more, by smaller margins")

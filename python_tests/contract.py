@@ -1,4 +1,4 @@
-"""The contract that every op keeps, as a class of tests; each op's test file derives from it."""
+"""The contract of every op, as a class of tests; the test file of each op derives from it."""
 
 import os
 import subprocess
@@ -25,19 +25,19 @@ from kdkernels.ops._cases import DTYPES, Call, Case, cases_of, registry
 from kdkernels.testing.selftest import Accuracy, accuracy_of, error_in_ulp, results_of, tensors_of
 
 ACCURACY: list[Accuracy] = []
-# What is tested: the kernels of the CPU, the CUDA kernels executed on the CPU, or a backend of a GPU.
+# Under test: the CPU kernels, the CUDA kernels executed on the CPU, or a backend of a GPU.
 TARGET = os.environ.get("KDKERNELS_TEST_TARGET", "cpu")
 DEVICE = "cuda" if TARGET.startswith("cuda") else "cpu"
 KERNEL_BACKEND = "triton" if TARGET.endswith("triton") else "native"
-# Whether all cases are computed, or one in five: each dtype has its own fifth.
+# Whether to compute one case in five instead of all; each dtype has a different fifth.
 CORE_GRID = os.environ.get("KDKERNELS_TEST_GRID") == "core"
-# What the build under test has to have: a kernel that is missing for another reason fails.
+# Whether the build under test must have kernels; if they are missing for another reason, tests fail.
 KERNELS = os.environ.get("KDKERNELS_BUILD") != "none"
 BACKENDS = (KERNEL_BACKEND, "reference") if KERNELS else ("reference",)
 ROOT = Path(__file__).resolve().parents[1]
-# A test of kernels: deselected for an op that has none for the backend under test, skipped where nothing was built.
+# A test of kernels: deselected if the op has none for the backend under test, skipped if nothing was built.
 of_kernels = pytest.mark.of_kernels
-of_cpu = pytest.mark.skipif(TARGET != "cpu", reason=f"a property of the CPU kernels; under test is {TARGET}")
+of_cpu = pytest.mark.skipif(TARGET != "cpu", reason=f"tests the CPU kernels only; the target is {TARGET}")
 
 
 def on_device(tensor: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _moved(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def schedules() -> Iterator[Callable[[int], None]]:
-    """Give a function that makes work be done in another order: threads of the CPU, or of the emulated GPU."""
+    """Provide a function that changes the order of work: of the threads on the CPU, or on the emulated GPU."""
     threads = torch.get_num_threads()
     orders = ("fifo", "reverse", "warp_priority")
 
@@ -84,7 +84,7 @@ def has_kernels(op: str) -> bool:
 
 
 class OpContract(ABC):
-    """Derive, name the op, and give samples and the formula in extended precision; the tests come with it."""
+    """Derive a test class from this, and define the op's name, samples, and formula in extended precision."""
 
     op: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
@@ -105,7 +105,7 @@ class OpContract(ABC):
     @classmethod
     @abstractmethod
     def op_samples(cls) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yield the name of an op, backward ops included, and arguments that it accepts."""
+        """Yield the name of an op or backward op, and arguments that it accepts."""
 
     @classmethod
     @abstractmethod
@@ -124,7 +124,7 @@ class OpContract(ABC):
     def test_equals_reference(self, case: Case):
         """The error is at most eager PyTorch's own in the same dtype, or 4 units in the last place.
 
-        What is compared with is the float64 reference; for float64 results, extended precision.
+        Results are compared with the float64 reference; float64 results with extended precision.
         """
         is_double = torch.float64 in [t.dtype for t in case.samples[0]]
         rows = accuracy_of(case, self.extended_results) if is_double else accuracy_of(case)
@@ -133,7 +133,7 @@ class OpContract(ABC):
             assert row.passed, row
 
     def test_reference_backend_agrees(self, case: Case):
-        """The reference, as a backend in the same dtype, gives the same within what its dtype allows."""
+        """The reference backend, in the same dtype, gives the same results within the accuracy of its dtype."""
         inputs = case.samples[0]
         with kdkernels.set_backend("reference"):
             result = results_of(case.function, inputs, case.differentiable)
@@ -181,7 +181,7 @@ class OpContract(ABC):
 
     @pytest.mark.parametrize("grad", ["zero", "one", "expanded"])
     def test_incoming_gradients(self, call: Call, grad: str):
-        """Gradients of 0, of 1, and an expanded one that must not be written to."""
+        """Incoming gradients of 0 and 1, and an expanded one that must not be written to."""
         leaves = _leaves(call)
         outputs = [out for out in tensors_of(call.function(*leaves)) if out.requires_grad]
         value = {"zero": 0.0, "one": 1.0, "expanded": 0.5}[grad]
@@ -212,7 +212,7 @@ class OpContract(ABC):
 
     @pytest.mark.parametrize("in_thread", [False, True])
     def test_backward_uses_the_backend_of_the_forward(self, call: Call, in_thread: bool):
-        """Whatever is set by then, and in whichever thread autograd runs."""
+        """Regardless of the backend set at that time, and of the thread in which autograd runs."""
         with kdkernels.set_backend("reference"):
             leaves = _leaves(call)
             outputs = [out for out in tensors_of(call.function(*leaves)) if out.requires_grad]
@@ -236,7 +236,7 @@ class OpContract(ABC):
         self._check_compiled(call, "aot_eager", dynamic)
 
     def test_opcheck(self):
-        """Every op by the backend under test, with the first sample that has a gradient."""
+        """Every op on the backend under test, with the first sample that has a gradient."""
         checked = set()
         for name, arguments in self.op_samples():
             if name in checked or not any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
@@ -253,7 +253,7 @@ class OpContract(ABC):
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
     def test_fake_cuda_tensors(self, call: Call, dtype: torch.dtype):
-        """Shapes, dtypes and devices are right without a device, on the backend that a GPU would take."""
+        """Shapes, dtypes and devices are right without a GPU, on the backend that it would use."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         given = tuple(t.to(dtype) if t.is_floating_point() else t for t in call.inputs)
@@ -278,7 +278,7 @@ class OpContract(ABC):
     @of_cpu
     @pytest.mark.slow
     def test_other_instruction_sets(self):
-        """The kernels compiled for older processors equal the reference too, in a process of their own."""
+        """The kernels compiled for older processors also equal the reference, in a separate process."""
         code = (
             "import kdkernels.testing.selftest as selftest, sys;"
             f"report = selftest.run(ops=[{self.op!r}]);"

@@ -5,7 +5,7 @@ from torch import nn
 
 
 def trained_like(model, seed=0):
-    """Return the model with running statistics and scales that differ from a new model's."""
+    """Return the model with running statistics and scales unlike those of a new model."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""Results of a benchmark whose verdicts are known by hand."""
+"""Benchmark results whose verdicts can be checked by hand."""
 
 OURS = [0.001, 0.002, 0.001, 0.002, 0.001]
 

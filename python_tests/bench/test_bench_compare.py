@@ -1,4 +1,4 @@
-"""`make bench-compare` without a build: verdicts, what goes wrong, and the two processes that take turns."""
+"""`make bench-compare` without a build: verdicts, failures, and the two processes that take turns."""
 
 import math
 import os

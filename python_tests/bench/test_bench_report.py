@@ -1,4 +1,4 @@
-"""The report of the benchmark suite, from made-up results whose verdicts are known by hand."""
+"""The report of the benchmark suite, from made-up results whose verdicts can be checked by hand."""
 
 import builtins
 import json
@@ -36,7 +36,7 @@ def section(text, title):
 
 
 class Checker(HTMLParser):
-    """Open and close tags in pairs, and what they hold."""
+    """Checks that tags are closed, and collects their contents."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def test_summary_counts_and_losses_are_listed_before_ties():
     assert all("| tie (0.90–1.2)" in line for line in behind[2:])
 
 
-def test_no_loss_is_said_too():
+def test_a_report_without_losses_says_so():
     rounds = {"kdkernels": OURS, "eager": [9 * t for t in OURS]}
     assert "Nowhere in this run." in section(text_of(result(row(rounds=rounds))), "Where kdkernels does not win")
 
@@ -95,7 +95,7 @@ def test_goals_say_by_how_much_they_were_missed():
                                "share of copy bandwidth": 0.6, "beautiful": 1.0}))  # fmt: skip
     judged = {goal.name: goal for goal in goals_of(rows_of(report), 4e9)}
     assert judged["faster than eager"].verdict == "missed"
-    # Against the mode that is harder to beat.
+    # Compared with the mode that is harder to beat.
     assert judged["faster than compile"].measured == pytest.approx(0.5)
     assert judged["faster than compile"].verdict == "met"
     # 2 MB in 1 ms are 2 GB/s, half of the copy's 4.
@@ -127,7 +127,7 @@ def test_a_failed_row_has_no_speed():
     lines = [line for line in text.splitlines() if "broken" in line]
     reason = "relative error 3e-1, allowed 1e-3"
     assert f"| broken 256×1000 float32 dim=1 full | {reason} |" in lines
-    # The others are its goals, which are not judged.
+    # The other rows are its goals, which are not judged.
     assert all(reason in line for line in lines)
     assert "### total_variation" not in text
     assert "| broken 256×1000 float32 dim=1 | failed | – | – |" in readme_table(EVERYTHING)
@@ -145,7 +145,7 @@ def test_a_row_without_times_failed(changes):
     assert not one.ratios
 
 
-def test_rounds_that_do_not_pair_up_are_refused():
+def test_rounds_that_do_not_pair_up_raise():
     with pytest.raises(ValueError, match="shorter"):
         text_of(result(row(rounds={"kdkernels": OURS, "eager": [1.0, 2.0]})))
 
@@ -211,7 +211,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("recorded", MISSING.values(), ids=MISSING)
-def test_missing_parts_are_survived(recorded, tmp_path):
+def test_missing_parts_are_tolerated(recorded, tmp_path):
     assert write(recorded, tmp_path) == ["report.md", "report.html", "report.json"]
     assert (tmp_path / "report.md").read_text().startswith("# kdkernels")
     checker = Checker()
@@ -221,7 +221,7 @@ def test_missing_parts_are_survived(recorded, tmp_path):
     assert readme_table(json.loads(text, parse_constant=pytest.fail))  # no NaN, which JSON does not have
 
 
-def test_html_is_whole_and_has_one_plot_of_each_kind():
+def test_html_is_complete_and_has_one_plot_of_each_kind():
     checker = Checker()
     text = html_of(result(row(), sweep()))
     checker.feed(text)
@@ -235,7 +235,7 @@ def test_html_is_whole_and_has_one_plot_of_each_kind():
     assert "slope 1.58" in text
 
 
-def test_many_rows_are_split_into_figures_that_can_be_read():
+def test_many_rows_are_split_into_readable_figures():
     rows = [row(f"function_{i}", shape=[i, j]) for i in range(8) for j in range(9)]
     checker = Checker()
     checker.feed(html_of(result(*rows)))

@@ -1,4 +1,4 @@
-"""The rivals of the routines' benchmarks compute what ours compute, and the benchmarks' own loop is the package's."""
+"""The rivals in the routine benchmarks compute the same as ours, and the benchmarked loop is that of the package."""
 
 import copy
 from dataclasses import replace
@@ -31,7 +31,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """These networks are too small for more, and threads of several processes would wait for each other."""
+    """These networks are too small for more threads, and threads of several processes would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -89,7 +89,7 @@ def test_published_terms_equal_ours(name, offsets, flip, dtype):
 
 
 def test_terms_of_two_pixels_by_hand():
-    """Images [[1, 3], [2, 7]] and 0 in a network that is one BatchNorm layer and the means of its outputs."""
+    """Images [[1, 3], [2, 7]] and 0 in a network of one BatchNorm layer and the means of its outputs."""
     teacher = nn.Sequential(nn.BatchNorm2d(1, eps=0.0), nn.Flatten(), nn.Linear(4, 2)).double()
     teacher[0].running_mean.fill_(0.625)
     teacher[0].running_var.fill_(3.0)
@@ -164,7 +164,7 @@ def test_teacher_is_left_alone(freeze):
     [{"stages": (Stage(2, pool=2), Stage(2))}, {"mode": "squared"}, {"moment": "std"}, {"prior_of": "plain"}],
     ids=str,
 )
-def test_what_was_not_published_is_refused(change):
+def test_unpublished_settings_raise(change):
     with pytest.raises(ValueError, match=r"config\.(stages|mode)"):
         PublishedInversion(SmallCNN(4), replace(CONFIG, **change))
 

@@ -1,4 +1,4 @@
-"""The benchmark suite from end to end: a cheap row, one thread, and none of the packages it compares with."""
+"""The benchmark suite from end to end: a cheap row, one thread, and no rival packages."""
 
 import json
 import os
@@ -23,11 +23,11 @@ sys.meta_path.insert(0, Missing())
 
 
 def run_of(folder, *arguments):
-    """Return the report of a run with some arguments."""
+    """Return the report of a run with the given arguments."""
     (folder / "sitecustomize.py").write_text(NO_RIVALS)
     output = folder / "out"
     command = [sys.executable, "-m", "bench.run", "--threads", "1", "--output", str(output), *arguments]
-    # pytest-benchmark measures nothing where it sees a worker of pytest-xdist.
+    # pytest-benchmark measures nothing in a worker of pytest-xdist.
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment = {**outside, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)

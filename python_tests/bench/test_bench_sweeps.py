@@ -1,4 +1,4 @@
-"""The sweeps of the benchmark: what they are made of, and the processes of the sweep over ranks."""
+"""The sweeps of the benchmark, and the processes of the sweep over ranks."""
 
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial

@@ -1,4 +1,4 @@
-"""Timing and comparing: rounds, ratios, and the exclusion of wrong contenders."""
+"""Timing and comparison: rounds, ratios, and the exclusion of wrong contenders."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ SHAPES = {
 
 
 class FakeClock:
-    """Says of each call what it was told to, and in which order it was asked."""
+    """Reports given times for each call, and records the order of the calls."""
 
     def __init__(self, seconds):
         self.seconds, self.asked = seconds, []
@@ -49,7 +49,7 @@ def test_rounds_take_turns_and_warm_up_does_not_count():
 
 
 def test_ratios_pair_the_rounds():
-    """Each round's ratio is 2, although the machine's speed changed; minima would not say so."""
+    """The ratio of each round is 2 although the machine's speed changed; minima would not show it."""
     assert pairwise_ratio([1.0, 10.0, 3.0], [2.0, 20.0, 6.0]) == Ratio(2.0, 2.0, 2.0)
     ratio = pairwise_ratio([1.0] * 11, [0.5 + 0.1 * i for i in range(11)])
     assert (ratio.low, ratio.median, ratio.high) == pytest.approx((0.6, 1.0, 1.4))
@@ -100,7 +100,7 @@ def test_every_timed_function_is_in_the_benchmark():
     assert {row.function for row in benchmarks()} == set(workload_functions())
 
 
-def test_rows_have_names_of_their_own():
+def test_rows_have_unique_names():
     names = [row.workload.name for row in benchmarks()]
     assert len(set(names)) == len(names)
     assert sum(row.compared for row in benchmarks()) > 5
@@ -117,7 +117,7 @@ def test_rows_have_names_of_their_own():
         (("batch_norm_tap", (3, 4), torch.float32, "channels_last"), "variant must be one of ''"),
     ],
 )
-def test_a_wrong_workload_is_refused(arguments, text):
+def test_a_wrong_workload_raises(arguments, text):
     with pytest.raises(ValueError, match=text):
         workload(*arguments)
 

@@ -1,4 +1,4 @@
-"""The instructions that the CPU kernels take, counted by callgrind, against bench/budgets/instructions.json."""
+"""The instruction counts of the CPU kernels, by callgrind, against bench/budgets/instructions.json."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def test_every_op_with_cpu_kernels_is_counted():
 
 
 def test_kernels_are_compiled_as_setup_compiles_them(tmp_path):
-    """Builds with a stand-in for the compiler that only records its arguments; all files are compiled alike."""
+    """Builds with a fake compiler that only records its arguments; all files are compiled with the same flags."""
     compiler, notes = tmp_path / "g++", tmp_path / "notes"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> "{notes}"\nexit 1\n')
     compiler.chmod(0o755)
@@ -96,7 +96,7 @@ def test_the_check_can_fail():
     assert not instruction_counts.complaints({"kept": Count(1149, 10)}, {"kept": Count(1000, 10)}, 0.15)
 
 
-def test_savings_are_said_but_do_not_fail():
+def test_savings_are_reported_but_do_not_fail():
     budgets, counts = {"fast": Count(1000, 10)}, {"fast": Count(900, 10), "new": Count(1, 1)}
     assert instruction_counts.savings(counts, budgets, 0.03) == ["fast takes 10.0% fewer instructions than its budget"]
     assert instruction_counts.savings({"fast": Count(970, 10)}, budgets, 0.03) == []
@@ -107,7 +107,7 @@ def test_another_compiler_has_a_wider_margin():
     assert instruction_counts.margin("12.2.0", "13.1.0") == 0.15
 
 
-def test_missing_tools_have_a_status_of_their_own(tmp_path):
+def test_missing_tools_have_a_separate_status(tmp_path):
     command = [sys.executable, "-m", "bench.instructions.count"]
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False

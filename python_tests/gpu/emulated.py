@@ -1,5 +1,5 @@
-"""The CUDA backend executed on the CPU: the kernels and the bindings of csrc, registered as the native kernels of
-CPU tensors. For a process of its own; nothing of it is ever shipped.
+"""The CUDA backend executed on the CPU: the kernels and bindings of csrc, registered as the native kernels of CPU
+tensors. For separate processes; it is never shipped.
 """
 
 import sys
@@ -13,10 +13,10 @@ _installed: list[Library] = []
 
 
 def library(variant: Variant) -> Library:
-    """Compiles the CUDA half of csrc for the emulator, with its bindings, which registers them with torch.
+    """Compile the CUDA half of csrc for the emulator, bindings included, and register the ops with torch.
 
-    The plain build runs the kernels as on a GPU. The two others run them with few blocks, so that each takes several
-    turns, and take 0-dim tensors as a GPU's, whose values only the kernels see.
+    The plain build runs the kernels as on a GPU. The other two run them with few blocks, so that each block takes
+    several turns, and treat 0-dim tensors as if they were on a GPU, where only the kernels see their values.
     """
     sources = [*sorted(ROOT.glob("csrc/*/cuda_kernels.cu")), *sorted(ROOT.glob("csrc/*/cuda.cpp"))]
     sources += [HERE / "torch_shim.cpp", *sorted(ROOT.glob("python_tests/ops/*_plans.cpp"))]
@@ -33,7 +33,7 @@ def library(variant: Variant) -> Library:
 
 
 def install(variant: Variant) -> Library:
-    """Makes the emulated kernels the native backend of CPU tensors in this process; before kdkernels is imported."""
+    """Make the emulated kernels the native backend of CPU tensors in this process; call before importing kdkernels."""
     if "kdkernels" in sys.modules:
         raise RuntimeError("kdkernels is imported already, with the CPU kernels")
     sys.modules["kdkernels._C"] = None  # type: ignore[assignment]
@@ -51,10 +51,10 @@ def install(variant: Variant) -> Library:
 
 
 def installed() -> Library:
-    """The library with the emulated kernels of this process."""
+    """Return the library with the emulated kernels of this process."""
     return _installed[-1]
 
 
 def set_schedule(schedule: Schedule, seed: int = 0) -> None:
-    """Sets the order of blocks and threads of the launches that follow."""
+    """Set the order of blocks and threads for the launches that follow."""
     installed().cuda_host_set_schedule(SCHEDULES.index(schedule), seed)

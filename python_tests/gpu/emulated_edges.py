@@ -1,4 +1,4 @@
-"""What only an emulator can show of the CUDA kernels; test_cuda_kernels.py runs it in a process that has one."""
+"""What only an emulator can show about the CUDA kernels; test_cuda_kernels.py runs this in a process that has one."""
 
 import ctypes
 import mmap
@@ -18,12 +18,12 @@ protect = ctypes.CDLL(None, use_errno=True).mprotect
 
 
 def memory_of(size):
-    """Memory that is there once it is touched."""
+    """Return memory that is allocated when it is touched."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
 
 
 def between_guards(tensor, *, at_end):
-    """A copy with the same strides that begins or ends where memory must not be touched."""
+    """Return a copy with the same strides that begins or ends at a page that must not be touched."""
     if tensor.numel() == 0:
         return tensor
     size = (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
@@ -48,16 +48,16 @@ SMALL = [
 
 @pytest.mark.parametrize("at_end", [False, True], ids=["begins at a guard", "ends at a guard"])
 @pytest.mark.parametrize(("op", "dtype", "case"), SMALL, ids=lambda value: str(value))
-def test_nothing_outside_of_the_inputs_is_read(op, dtype, case, at_end):
+def test_nothing_outside_the_inputs_is_read(op, dtype, case, at_end):
     plain = results_of(case.function, case.samples[0], case.differentiable)
     guarded = tuple(between_guards(t, at_end=at_end) for t in case.samples[0])
     for a, b in zip(plain, results_of(case.function, guarded, case.differentiable), strict=True):
-        # Where memory is aligned elsewhere, sums are grouped otherwise.
+        # With another alignment of memory, sums are grouped differently.
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
 def far_apart(tensor, dim):
-    """A copy whose slices along a dimension lie more than 2^31 elements apart."""
+    """Return a copy whose slices along a dimension lie more than 2^31 elements apart."""
     stride = list(tensor.contiguous().stride())
     stride[dim] = 2**31 + 16
     count = tensor.shape[dim] * stride[dim]

@@ -1,5 +1,4 @@
-"""CUDA kernels compiled by nvcc without a GPU: no spills, registers and shared memory within budget, and 16-byte loads
-in the machine code."""
+"""CUDA kernels compiled by nvcc without a GPU: no spills, registers and shared memory within budget, 16-byte loads."""
 
 import json
 from pathlib import Path
@@ -42,5 +41,6 @@ def test_the_check_can_fail(measured):
     spilling = {name: dict(of) for name, of in usages.items()}
     spilling[kernel]["80"] = kernel_resources.Usage(64, 0, 24)
     found = kernel_resources.complaints(spilling, {**wide, kernel: False}, {**budgets, "gone": {}})
-    for text in ("spills 24 bytes on sm_80", "its budget is 8", "does not load 16 bytes", "has no budget", "no longer exists"):
+    texts = "spills 24 bytes on sm_80", "its budget is 8", "does not load 16 bytes", "has no budget", "no longer exists"
+    for text in texts:
         assert any(text in complaint for complaint in found), text

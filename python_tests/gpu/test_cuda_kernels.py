@@ -32,13 +32,13 @@ CONTRACT = (
     "or gradcheck or gradgradcheck or edges or empty or no_channels or nan or inf or huge or strides"
 )
 CHECKED = "order_of_work or (equals_reference and float32)"
-# Labels are not read by the host here, and cannot raise.
+# The host does not read labels here, so they cannot raise.
 BESIDE_THE_CONTRACT = "not wrong_calls and not out_of_range and not compile"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A file of tests in a process of its own: a build of the emulator, a grid, and the least number of tests."""
+    """A test file to run in a separate process: a build of the emulator, a grid, and the least number of tests."""
 
     variant: str
     file: Path
@@ -70,7 +70,7 @@ def core_count(op):
 
 
 def runs():
-    """Yield the runs over every op with CUDA kernels; the first of each build compiles it."""
+    """Yield the runs over every op with CUDA kernels; the first run of each build compiles it."""
     ops = [op for op in registry() if (ROOT / "csrc" / op / "cuda.cpp").is_file()]
     tests = HERE.parent / "ops"
     for op in ops:
@@ -94,7 +94,7 @@ def core_runs():
 
 
 def outcomes(several):
-    """Return the futures of all runs, one on each processor at a time; a build is compiled before two need it."""
+    """Return the futures of all runs, which run one per processor at a time."""
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     return {run: pool.submit(run.passed) for run in several}
 

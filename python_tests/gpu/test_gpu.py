@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, streams, a host that never waits, and values that are not checked."""
+"""What only a GPU can show: CUDA graphs, streams, a host that never waits, and unchecked values."""
 
 import gc
 import importlib.util
@@ -44,7 +44,7 @@ def classes(*shape: int, count: int) -> Tensor:
 
 
 def calls() -> Iterator[Call]:
-    """Every small call that the ops register, the quick rows of the benchmark, and each op's largest case."""
+    """Yield every small call that the ops register, the quick rows of the benchmark, and each op's largest case."""
     for name, op in registry().items():
         for call in op.calls():
             inputs = tuple(x.float().cuda() if x.is_floating_point() else x.cuda() for x in call.inputs)
@@ -55,7 +55,7 @@ def calls() -> Iterator[Call]:
         yield Call(f"{name}, {largest.name}", largest.function, largest.samples[0], largest.differentiable)
 
 
-ELSEWHERE = {"batch_norm_stat_distances"}  # called by batch_norm_stat_loss
+ELSEWHERE = {"batch_norm_stat_distances"}  # batch_norm_stat_loss calls it
 CALLS = list(calls())
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 TRITON = importlib.util.find_spec("triton") is not None
@@ -141,7 +141,7 @@ def check_no_wait(call: Call) -> None:
 
 
 def check_graph(call: Call) -> None:
-    """A graph of forward and backward, replayed on other values, matches the calls themselves bit for bit."""
+    """A graph of forward and backward, replayed on other values, gives the same bits as the calls themselves."""
     of_call = prepared(call)
     graph, results = captured(of_call.results)
     for factor in (1.0, -0.7):
@@ -217,7 +217,7 @@ def reversed_halves(x: Tensor) -> Tensor:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a second GPU is needed")
 @every_call
-def test_another_device_than_the_current_one(call):
+def test_a_device_other_than_the_current_one(call):
     same_bits(prepared(call, "cuda:1").results(), prepared(call).results())
 
 
@@ -250,7 +250,7 @@ def test_a_temperature_on_the_device_that_is_not_positive():
 
 
 def test_a_gpu_that_was_not_compiled_for(monkeypatch):
-    """An explicit request raises, naming the capability and the compiled architectures; auto uses another backend."""
+    """An explicit request raises and names the capability and the compiled architectures; auto uses another backend."""
     major, minor = torch.cuda.get_device_capability()
     monkeypatch.setitem(_loader._compiled, "_cuda", {**_loader._compiled["_cuda"], "architectures": ["sm_10"]})
     monkeypatch.setattr(_loader, "_devices", {})
@@ -266,7 +266,7 @@ def test_a_gpu_that_was_not_compiled_for(monkeypatch):
 
 @of_triton
 @every_call
-def test_triton_never_lets_the_host_wait(call):
+def test_triton_never_makes_the_host_wait(call):
     with kdkernels.set_backend("triton"):
         check_no_wait(call)
 

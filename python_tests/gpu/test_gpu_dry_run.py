@@ -29,7 +29,7 @@ FP32 = torch.float32
 
 
 def step(name, code, seconds=10.0):
-    """A step whose process runs some Python; `part` is its part of the report."""
+    """Return a step that runs some Python code, in which `part` is its part of the report."""
     head = (
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
         "from bench.gpu.part import Part; part = Part(Path(os.environ['KDKERNELS_PART']))\n"
@@ -45,7 +45,7 @@ def on_disk(folder):
     return json.loads((folder / "out/report.json").read_text())
 
 
-def test_a_step_is_cut_at_its_budget_and_what_it_found_is_kept(tmp_path):
+def test_a_step_is_cut_at_its_budget_and_keeps_its_results(tmp_path):
     start = time.monotonic()
     sleeping = step("sleeping", "part.add(found=7, summary='half of it'); time.sleep(60)", seconds=1.0)
     report = run(tmp_path, sleeping, step("next", "part.add(summary='ran')"))
@@ -57,7 +57,7 @@ def test_a_step_is_cut_at_its_budget_and_what_it_found_is_kept(tmp_path):
     assert on_disk(tmp_path) == report
 
 
-def test_a_step_that_ignores_the_request_to_end_is_ended_with_what_it_started(tmp_path):
+def test_a_step_that_ignores_the_interrupt_is_killed_with_its_children(tmp_path):
     marker = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(marker)!r}).touch()"
     code = (
@@ -109,7 +109,7 @@ def test_a_report_is_replaced_at_once(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _memory_is_kept(monkeypatch):
-    """To collect garbage after each contender takes longer than a tiny case."""
+    """Collecting garbage after each contender takes longer than a tiny case."""
     monkeypatch.setattr(gpu_benchmark, "_free", lambda: None)
 
 
@@ -131,7 +131,7 @@ def test_a_tiny_case_is_checked_and_timed(case):
     assert [row.info["goals"] for row in rows] == [{}, {}, case.goals]
 
 
-def test_nothing_is_timed_where_our_result_is_wrong():
+def test_nothing_is_timed_if_our_result_is_wrong():
     case = gpu_workloads.case(Benchmark("kl_div_with_logits", (8, 37)))
     right = case.workload
     (row,) = measured(replace(case, workload=replace(right, ours=lambda s, t: 1.01 * right.ours(s, t))))
@@ -174,7 +174,7 @@ def test_goals_are_met_or_missed():
 
 
 def test_the_benchmark_is_part_of_the_report_even_if_it_is_cut(tmp_path, monkeypatch):
-    """What was measured by then, and the rest as not reached; the report can be drawn again from its JSON."""
+    """Measured rows are kept and the rest are listed as not reached; the report can be redrawn from its JSON."""
     monkeypatch.setattr(gpu_benchmark, "DRY", True)
     cases = list(gpu_workloads.cases(dry=True))[2:5]
     monkeypatch.setattr(gpu_benchmark, "cases", lambda dry: [replace(case, rivals={}) for case in cases])
@@ -198,7 +198,7 @@ def test_the_benchmark_is_part_of_the_report_even_if_it_is_cut(tmp_path, monkeyp
 
 
 def test_results_of_tests_are_kept_one_by_one(tmp_path):
-    """As they are where a run of pytest is cut."""
+    """A run of pytest that is cut keeps the results so far."""
     (tmp_path / "test_some.py").write_text(
         "import os\ndef test_right():\n    pass\ndef test_wrong():\n    assert 1 == 2\n"
         "def test_crash():\n    os.abort()\ndef test_never():\n    pass\n"

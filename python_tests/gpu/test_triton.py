@@ -1,4 +1,4 @@
-"""The Triton kernels: their numbers in Triton's interpreter, and their machine code, compiled without a GPU."""
+"""The Triton kernels: their results in Triton's interpreter, and their machine code, compiled without a GPU."""
 
 import importlib
 import importlib.util
@@ -32,7 +32,7 @@ REGENERATE = os.environ.get("KDKERNELS_WRITE_BUDGETS") == "1"
 )
 @pytest.mark.parametrize("grid", ["core", pytest.param("full", marks=pytest.mark.slow)])
 def test_in_the_interpreter(grid):
-    """What does not need machine code, in a process of its own: the interpreter is chosen at import."""
+    """Tests that need no machine code, in a separate process: the interpreter is chosen at import."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"KDKERNELS_TEST_TARGET": "cpu-triton", "KDKERNELS_TEST_GRID": grid}
     files = [HERE / "triton_interpreter.py", *(HERE.parent / "ops").glob("triton_*.py")]
@@ -47,14 +47,14 @@ def test_in_the_interpreter(grid):
 
 
 def variants(capability):
-    """Yield what every op has compiled for a compute capability."""
+    """Yield the variants of every op for a compute capability."""
     for op in registry():
         if importlib.util.find_spec(f"kdkernels.ops.{op}.triton_cases"):
             yield from importlib.import_module(f"kdkernels.ops.{op}.triton_cases").variants(capability)
 
 
 def machine_code(variant, capability):
-    """Compile as a launch would: pointers and sizes divisible by 16, but for what is not specialized."""
+    """Compile as a launch would: pointers and sizes divisible by 16, except those not specialized."""
     signature, fixed, attributes = {}, {}, {}
 
     def declare(path, kind, specialized):
@@ -86,7 +86,7 @@ def _default(name):
 
 
 def resources(cubin, folder):
-    """Return registers, bytes of stack, and the instructions, from the tools that come with Triton."""
+    """Return the registers, the bytes of stack and the instructions, from the tools that come with Triton."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     usage, code = (
@@ -102,8 +102,8 @@ def resources(cubin, folder):
 def test_machine_code(capability, tmp_path):
     """Nothing spills, no kernel takes more registers than its budget, and memory is accessed 128 bits at a time.
 
-    After a change that is worth its registers, KDKERNELS_WRITE_BUDGETS=1 raises the budgets to what is taken; without
-    the file it writes all of them. They are the larger numbers of Triton 3.6 and 3.7.
+    After a change that justifies more registers, KDKERNELS_WRITE_BUDGETS=1 raises the budgets to the current numbers;
+    if the file is missing, it writes all budgets. They are the larger numbers of Triton 3.6 and 3.7.
     """
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     of_capability = budgets.get(f"sm_{capability}", {})
@@ -114,7 +114,7 @@ def test_machine_code(capability, tmp_path):
         label = f"{variant.kernel.__name__}: {variant.name}"
         if REGENERATE:
             of_capability[label] = max(registers, of_capability.get(label, 0))
-        # ptxas of Triton 3.6 puts two numbers of one kernel on the stack.
+        # The ptxas of Triton 3.6 puts two numbers of one kernel on the stack.
         if stack > (8 if VERSION < (3, 7) else 0):
             problems.append(f"{label}: {stack} bytes of stack")
         if registers > of_capability.get(label, 0):

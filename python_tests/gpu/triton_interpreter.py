@@ -1,5 +1,5 @@
-"""Every Triton kernel in Triton's interpreter, on small shapes; test_triton.py runs it, and each op's
-``triton_*.py`` in python_tests/ops, in a process of its own.
+"""Every Triton kernel in Triton's interpreter, on small shapes. test_triton.py runs this file and each op's
+``triton_*.py`` in python_tests/ops in a separate process.
 """
 
 import importlib
@@ -17,11 +17,11 @@ OPS = Path(__file__).resolve().parents[1] / "ops"
 for op in registry():
     importlib.import_module(f"test_{op}")
 CONTRACTS = sorted((c for c in OpContract.__subclasses__() if has_kernels(c.op)), key=lambda contract: contract.op)
-LARGEST = 5000  # elements of a sample; a program of the interpreter takes some milliseconds
-# The interpreter cuts fp32 off where it becomes bf16, instead of rounding: up to a unit more, in gradients only.
+LARGEST = 5000  # elements of a sample; a program takes a few milliseconds in the interpreter
+# The interpreter truncates fp32 to bf16 instead of rounding: up to one unit more, in gradients only.
 TRUNCATED = {torch.bfloat16: 1.0}
-# In fp64 a mean of numbers that cancel, and a gradient as a derivative less its mean, one fp64 number, lose some units;
-# narrower numbers are summed in fp64.
+# In fp64, a mean of numbers that cancel loses some units, as does a gradient that is a derivative minus a mean kept in
+# one fp64 number; narrower numbers are summed in fp64.
 ALLOWED_FP64 = 12.0
 
 
@@ -40,7 +40,7 @@ def calls():
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.op)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_reference(contract, dtype):
-    """As accurate as the other backends, for every case; the inputs stay as they are."""
+    """As accurate as the other backends in every case; the inputs are unchanged."""
     count, failures = 0, []
     for case in cases(contract, dtype):
         before = [tensor.clone() for tensor in case.samples[0]]
@@ -60,7 +60,7 @@ def test_equals_reference(contract, dtype):
 
 @pytest.mark.parametrize("call", calls(), ids=lambda call: call.name)
 class TestEveryCall:
-    """What an op's contract asks for and can be told on small inputs."""
+    """The parts of the contract that small inputs can test."""
 
     def test_backward(self, call: Call):
         CONTRACTS[0]().test_second_backward_equals_the_first(call)

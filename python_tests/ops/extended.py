@@ -1,4 +1,4 @@
-"""The formulas once more, in NumPy's 80-bit numbers and without torch: the truth for float64 results.
+"""The formulas in NumPy's 80-bit numbers, without torch: the truth for float64 results.
 
 Each function takes the float64 inputs of a sample and the cotangents of the outputs, and returns the outputs and the
 gradients of the differentiable inputs. Written from the textbook forms, independently of the reference.
@@ -11,7 +11,7 @@ assert np.finfo(L).nmant >= 63, "these tests need a machine whose long double ha
 
 
 def softmax_divergence(kind, arrays, cotangent, *, temperature=1.0, dim=-1, beta=0.5, reduction="mean", weights=(1, 0)):
-    """Return loss, gradient by the student's logits, gradient by the teacher's; label -100 is ignored."""
+    """Return the loss and the gradients of the student's and the teacher's logits; label -100 is ignored."""
     s, t, *labels = arrays
     dim = dim % s.ndim
     s, t = np.moveaxis(s, dim, -1), np.moveaxis(t, dim, -1)
@@ -76,7 +76,7 @@ def _divergence(kind, log_q, log_p, beta):
         return value, (1 - beta) * _through_softmax(q, log_q - log_m), beta * _through_softmax(p, log_p - log_m)
     m = (p + q) / 2
     inside = [(x >= 0.01) & (x <= 0.99) for x in (q, p, m)]
-    # The bounds are the float64 numbers nearest to 0.01 and 0.99, as in the code that the term is taken from.
+    # The bounds are the float64 numbers nearest to 0.01 and 0.99, as in the published code.
     cq, cp, cm = (np.clip(x, L(0.01), L(0.99)) for x in (q, p, m))
     value = (cm * (np.log(cm) - (np.log(cp) + np.log(cq)) / 2)).sum(-1)
     through_m = inside[2] * (np.log(cm) + 1 - (np.log(cp) + np.log(cq)) / 2) / 2

@@ -76,7 +76,7 @@ class TestBatchNormStats(OpContract):
 
 
 def distance(mean, var, running_mean, running_var, mode, moment):
-    """The loss and its gradients by the four statistics, in extended precision."""
+    """Return the loss and the gradients of the four statistics in extended precision."""
     d = mean - running_mean
     if mode == "gaussian_kl":
         v, r, c = var + L(1e-8), running_var + L(1e-8), len(mean)
@@ -164,8 +164,8 @@ def test_no_channels(backend):
     ("call", "error", "text"),
     [
         (lambda: batch_norm_stats(torch.randn(3)), ValueError, r"2 to 5 dimensions, got shape \(3,\)"),
-        (lambda: batch_norm_stats(torch.randn(0, 3)), ValueError, "0 values per channel.*needs at least 1"),
-        (lambda: batch_norm_stats(torch.randn(1, 3), unbiased=True), ValueError, "1 values per channel.*needs at least 2"),
+        (lambda: batch_norm_stats(torch.randn(0, 3)), ValueError, "has 0 values per.*at least 1"),
+        (lambda: batch_norm_stats(torch.randn(1, 3), unbiased=True), ValueError, "has 1 values per.*at least 2"),
         (lambda: batch_norm_stats(torch.ones(2, 3, dtype=torch.int32)), TypeError, "input must be float16"),
         (lambda: batch_norm_tap([1.0]), TypeError, "input must be a tensor, got list"),
         (lambda: loss_of(mode="l1"), ValueError, "mode is 'l1'; accepted are 'l2'"),
@@ -266,5 +266,5 @@ def test_any_combination(samples, channels, sizes, layout, dtype, mean, seed):
     with kdkernels.set_backend("reference"):
         truth = results_of(batch_norm_tap, (x,), (0,), F64)
     for a, b in zip(ours, truth, strict=True):
-        # A variance of one value is 0, and so is the truth, up to what rounding leaves of the mean.
+        # The variance of a single value is 0, and so is the truth, up to the rounding error of the mean.
         assert error_in_ulp(a, b) <= 8 or (a - b).abs().max() <= 1e-9 * (1 + mean**2)

@@ -37,7 +37,7 @@ class TestGradientReversal(OpContract):
             return [x @ w.T + b, -lambd * (g @ w), g.T @ x, g.sum(0)]
         return [arrays[0], -lambd * g]
 
-    # A numerical derivative sees the identity, so these compare with -lambda times what it sees.
+    # A numerical derivative sees the identity, so these tests compare with -lambda times the true derivative.
 
     def test_gradcheck(self):
         x = torch.randn(4, 3, dtype=F64, requires_grad=True)

@@ -146,7 +146,7 @@ def test_js_div_is_symmetric():
     torch.testing.assert_close(js_div_with_logits(s, t), js_div_with_logits(t, s), rtol=1e-6, atol=0)
 
 
-def test_one_half_precision_teacher_is_no_negative_js():
+def test_js_div_of_a_half_precision_teacher_is_not_negative():
     """16-bit sides are converted before anything is computed."""
     s = torch.randn(64, 1000) * 5
     t = s.bfloat16()
@@ -246,7 +246,7 @@ def test_modules_compute_what_they_show():
     assert "T^2 * KL(teacher || student)" in repr(module)
 
 
-# Pairs of everything
+# Combinations of options
 
 
 @given(
@@ -261,7 +261,7 @@ def test_modules_compute_what_they_show():
     seed=st.integers(0, 2**16),
 )
 def test_any_combination(classes, temperature, divergence, reduction, layout, dtypes, rows, labels, seed):
-    """Reference and kernel agree to what the dtype of the results can hold."""
+    """Reference and kernel agree to within the precision of the results."""
     generator = torch.Generator().manual_seed(seed)
     shape, dim = ((2, classes, 1, rows), 1) if layout == "channels_last" else ((rows, classes), -1)
     s, t = (layouts((torch.randn(shape, generator=generator) * 2).to(d))[layout] for d in dtypes)
@@ -286,12 +286,12 @@ def test_any_combination(classes, temperature, divergence, reduction, layout, dt
         single = results_of(function, (s, t), (0, 1), torch.float32)
     for a, b, c in zip(ours, truth, single, strict=True):
         assert a.shape == b.shape
-        # Twice the bound of the cases: some rows that are drawn here are harder than any of theirs.
+        # Twice the bound of the cases: some random rows are harder than any of theirs.
         assert error_in_ulp(a, b) <= max(8.0, error_in_ulp(c.to(a.dtype), b))
 
 
 def test_the_clamp_binds_where_the_formula_says():
-    """At 1000 classes with flat outputs nearly everything is clamped and the gradient is 0."""
+    """With 1000 classes and flat outputs nearly everything is clamped and the gradient is 0."""
     s, t = torch.randn(4, 1000, dtype=F64), torch.randn(4, 1000, dtype=F64)
     value, grad = results_of(partial(js_div_with_logits, temperature=3.0, legacy_clamp=True), (s, t), (0,))
     assert value.item() == pytest.approx(0.0, abs=1e-12)
@@ -301,7 +301,7 @@ def test_the_clamp_binds_where_the_formula_says():
 
 
 def test_extended_precision_agrees_with_the_reference():
-    """The two formulations of the truth, one in NumPy and one in PyTorch."""
+    """The two versions of the truth agree, one in NumPy and one in PyTorch."""
     s, t = torch.randn(5, 30, dtype=F64), torch.randn(5, 30, dtype=F64)
     for kind in (*DIVERGENCES, "clamped_js"):
         exact = extended.softmax_divergence(kind, [s.numpy(), t.numpy()], np.ones(5), reduction="none")

@@ -17,7 +17,7 @@ def scalar(value):
     return torch.tensor(value, dtype=F64)
 
 
-# Edges of the formulas, alike on every backend
+# Edges of the formulas, the same on every backend
 
 
 @pytest.mark.parametrize("function", [kl_div_with_logits, js_div_with_logits, distillation_loss])
@@ -49,7 +49,7 @@ def test_no_classes_raise(function):
 
 
 def test_masked_classes_add_nothing(backend):
-    """-inf on both sides is as good as a class that is not there."""
+    """-inf on both sides gives the same result as leaving out the class."""
     s, t = torch.randn(4, 9, dtype=F64), torch.randn(4, 9, dtype=F64)
     keep = [0, 2, 3, 5, 8]
     masked = [torch.full_like(x, -math.inf).index_copy(1, torch.tensor(keep), x[:, keep]) for x in (s, t)]
@@ -156,8 +156,8 @@ def test_a_label_out_of_range_raises_when_compiled_too():
         function(torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 4]))
 
 
-def test_gradient_that_is_given_away_is_nobody_elses(backend):
-    """The forward's gradient may become the leaf's own; what happens to it then changes no later backward."""
+def test_returned_gradient_is_not_shared(backend):
+    """The forward's gradient may become the grad of a leaf; writing to it must not change a later backward."""
     s, t, labels = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40), torch.randint(0, 40, (6,))
     loss = distillation_loss(s, t, labels)
     loss.backward(retain_graph=True)
@@ -176,7 +176,7 @@ def test_gradient_that_is_given_away_is_nobody_elses(backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_backward_gives_the_same_bits(backend, reduction):
-    """Also where the incoming gradient is not 1; and none after the graph was freed."""
+    """Also if the incoming gradient is not 1; after the graph is freed, it raises."""
     s, t = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40)
     loss = (kl_div_with_logits(s, t, temperature=3.0, reduction=reduction) * 0.3).sum()
     first, second = (torch.autograd.grad(loss, s, retain_graph=True)[0] for _ in range(2))
@@ -189,7 +189,7 @@ def test_every_backward_gives_the_same_bits(backend, reduction):
 def test_incoming_gradients_in_a_batch():
     s, t = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40)
     loss = kl_div_with_logits(s, t)
-    for _ in range(2):  # with the gradient that the forward left, and without
+    for _ in range(2):  # with the gradient that the forward saved, and without
         (batch,) = torch.autograd.grad(loss, s, torch.tensor([1.0, -2.0]), is_grads_batched=True, retain_graph=True)
         (one,) = torch.autograd.grad(loss, s, retain_graph=True)
         torch.testing.assert_close(batch, torch.stack([one, -2 * one]))

@@ -55,7 +55,7 @@ class TestTotalVariation(OpContract):
 
 
 def shifted(x):
-    """The two ends of the pairs of each direction, as views: pixel and neighbour."""
+    """Return the pairs of each direction as two views: pixel and neighbour."""
     return [
         (x[..., :, :-1], x[..., :, 1:]),
         (x[..., :-1, :], x[..., 1:, :]),
@@ -65,7 +65,7 @@ def shifted(x):
 
 
 def spread(slopes, shape):
-    """The derivative by the pixels from those by the differences."""
+    """Return the gradient of the pixels from that of the differences."""
     gradient = np.zeros(shape, dtype=L)
     for slope, (pixel, neighbour) in zip(slopes, shifted(gradient), strict=False):
         pixel += slope

@@ -1,4 +1,4 @@
-"""Distances of many layers by the Triton kernels, which take some layers in a launch.
+"""Distances of many layers by the Triton kernels, which take a limited number of layers per launch.
 
 Run in Triton's interpreter by python_tests/gpu/triton_interpreter.py.
 """

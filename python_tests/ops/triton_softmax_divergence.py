@@ -1,4 +1,4 @@
-"""What a softmax divergence's Triton kernels do with scalars on the device, long rows and odd values.
+"""The Triton kernels of the softmax divergences with scalars on the device, long rows and unusual values.
 
 Run in Triton's interpreter by python_tests/gpu/triton_interpreter.py.
 """
@@ -15,7 +15,7 @@ from kdkernels.testing.selftest import results_of
 
 
 def call_softmax(s, t, labels, temperature, beta, kind, reduction="none", weights=(1.0, 0.5)):
-    """Return loss and both gradients by the ops themselves."""
+    """Return the loss and both gradients from the ops themselves."""
     scalars = (torch.tensor(x, dtype=torch.float64) for x in (temperature, *weights, beta))
     common = (s, t, labels, *scalars, 1, kind, reduction, -100)
     loss, saved = torch.ops.kdkernels.softmax_divergence.triton(*common, "statistics")
@@ -79,7 +79,7 @@ def test_ignored_positions_may_hold_anything():
 
 
 def test_rows_of_any_length():
-    """Rows that do not fit in a tile are read twice; the longest are left to a GPU."""
+    """Rows that do not fit in a tile are read twice; the longest are tested on a GPU only."""
     for dtype, classes in ((torch.bfloat16, 5003), (torch.float64, 3001)):
         s, t = (torch.randn(2, classes, dtype=torch.float64).mul(3).to(dtype) for _ in range(2))
         s[0, 100:1200] = -math.inf

@@ -2,7 +2,7 @@
 
 Each patch in this folder plants one fault. Its first line says what is wrong, its second names core tests that should
 notice. The patches are applied one at a time to a copy of the tree, and those tests run as in `make test`.
-They must pass without a patch and fail with each. A patch that touches CPU kernels has them compiled first.
+They must pass without a patch and fail with each one. CPU kernels are recompiled if a patch touches them.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def faults() -> list[Fault]:
 
 def apply(patch: Path, tree: Path, *options: str) -> None:
     """Apply a patch to a tree, or raise."""
-    # The tree lies in a repository without being one: git must not look above it.
+    # The tree is inside a repository but is not one: git must not look in the folders above it.
     command = ["git", "apply", *options, str(patch)]
     subprocess.run(command, cwd=tree, check=True, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)})
 
@@ -59,7 +59,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def copy_of_the_tree() -> None:
-    """Make TREE equal to the sources. What differs gets a new time, so that it is compiled again."""
+    """Make TREE equal to the sources. Files that differ get a new modification time, so that they are recompiled."""
     sources, copies = files_of(ROOT), files_of(TREE)
     for name in copies.keys() - sources.keys():
         copies[name].unlink()
@@ -110,7 +110,7 @@ def main() -> int:
         print(f"the tests do not pass without a fault:\n{result.stdout[-4000:]}{result.stderr[-2000:]}")
         return 1
     missed = 0
-    # Faults of Python first: they run with the library as it is.
+    # Faults in Python first: they run with the library as it is.
     for fault in sorted(chosen, key=lambda fault: fault.touches_cpu_kernels):
         reason = check(fault)
         missed += reason is not None
