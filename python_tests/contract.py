@@ -49,7 +49,7 @@ def on_device(tensor: Tensor) -> Tensor:
 
 
 def _moved(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Scalars stay on the CPU, where users have them."""
+    """Move tensors to the device; scalars stay on the CPU, where users have them."""
     return tuple(
         on_device(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.dim() else a
         for a in arguments

@@ -16,11 +16,11 @@ METHOD = (
     "Gradients are set to None before every call. {clock} A contender is timed only if its results agree with the "
     "truth; otherwise it is listed without a speed. Times are medians of the rounds. A ratio is the median, over the "
     "rounds, of a rival's time divided by ours in the same round. Its spread reaches from the 10th to the 90th "
-    "percentile; where it straddles 1, the verdict is a tie."
+    "percentile; if it straddles 1, the verdict is a tie."
 )
 HOST_CLOCK = (
     "Each timed call follows an untimed one. Its inputs differ from those of the calls before and come from memory "
-    "(cold), except where marked warm."
+    "(cold), unless marked warm."
 )
 DEVICE_CLOCK = "Times are those of the device's work, between two events, and each call starts from a cold cache."
 LABELS = {"memory_bytes": "memory", "torch": "PyTorch", "torch_cuda": "PyTorch's CUDA", "triton": "Triton"}
@@ -135,7 +135,7 @@ def failures(rows: Sequence[Row], sweeps: Sequence[Sweep]) -> Iterator[Block]:
     yield Heading(2, "Failures, and what was not timed")
     failed = [(one.label if isinstance(one, Row) else one.name, one.failed) for one in (*rows, *sweeps) if one.failed]
     if failed:
-        yield Paragraph("These have no speed, because a check failed or the run did not get to them:")
+        yield Paragraph("These have no speed, because a check failed or the run did not reach them:")
         yield Table(("row", "why"), [(name, Cell(why, "failed")) for name, why in failed], words=2)
     else:
         yield Paragraph("No row failed.")

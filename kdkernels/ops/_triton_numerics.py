@@ -1,6 +1,6 @@
 """exp, expm1, log and log1p within about one unit in the last place, for fp32 and fp64, and their remainders.
 
-The hardware's exp2 and log2 are off by several units, and lose all of them where a divergence cancels. The polynomials
+The hardware's exp2 and log2 are off by several units, and lose all of them if a divergence cancels. The polynomials
 are Chebyshev interpolants in higher precision.
 """
 
@@ -117,7 +117,7 @@ def log_from(exponent, f):
 
 @triton.jit
 def log_quotient(a, b):
-    """Return ln(a / b), accurate where a is near b; NaN where either is NaN."""
+    """Return ln(a / b), accurate if a is near b; NaN if either is NaN."""
     quotient = a / b
     k = exponent_of(quotient)
     f = tl.where(k == 0, (a - b) / b, quotient * power_of(-k) - 1.0)

@@ -1,4 +1,4 @@
-"""The benchmark table of the README: it comes from a committed report, and what it says."""
+"""The benchmark table of the README: that it comes from a committed report, and what it says."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Divergences where rows, classes or labels are missing or infinite, and wrong calls."""
+"""Divergences with missing rows, classes or labels and infinite logits, and wrong calls."""
 
 import math
 from functools import partial

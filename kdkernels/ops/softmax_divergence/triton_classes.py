@@ -12,7 +12,7 @@ from kdkernels.ops._triton_numerics import exp_differences, log1p_parts, log_quo
 
 @triton.jit
 def weighted(weight, value):
-    """Return weight * value; a class without probability adds nothing, even where the value is infinite."""
+    """Return weight * value; a class without probability adds nothing, even if the value is infinite."""
     return tl.where(weight > 0.0, weight * value, weight)
 
 
@@ -87,7 +87,7 @@ def clamped(x):
 
 @triton.jit
 def inside(x):
-    """Return 1 where the clamp lets a gradient through, its ends included, else 0."""
+    """Return 1 where the clamp passes a gradient, including at its bounds, else 0."""
     return tl.where(clamped(x) == x, 1.0, 0.0).to(x.dtype)
 
 
