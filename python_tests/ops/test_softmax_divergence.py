@@ -286,8 +286,9 @@ def test_any_combination(classes, temperature, divergence, reduction, layout, dt
         single = results_of(function, (s, t), (0, 1), torch.float32)
     for a, b, c in zip(ours, truth, single, strict=True):
         assert a.shape == b.shape
-        # Twice the bound of the cases: some random rows are harder than any of theirs.
-        assert error_in_ulp(a, b) <= max(8.0, error_in_ulp(c.to(a.dtype), b))
+        # Some random rows are harder than any of the cases. Where terms cancel, the plain formula in fp32 is off by a
+        # hundred units itself: the bound is twice its error.
+        assert error_in_ulp(a, b) <= max(8.0, 2 * error_in_ulp(c.to(a.dtype), b))
 
 
 def test_the_clamp_binds_where_the_formula_says():
