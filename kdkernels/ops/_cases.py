@@ -164,13 +164,13 @@ class OpCases:
     gpu_benchmarks: tuple[Benchmark, ...] = ()
 
 
-_registry: dict[str, OpCases] = {}
+_registered: dict[str, OpCases] = {}
 
 
 def register(package: str, **entries: Any) -> None:
     """Register an op; called by its ``cases.py`` with ``__package__`` and the fields of :class:`OpCases`."""
     op = package.rpartition(".")[2]
-    _registry[op] = OpCases(op, **entries)
+    _registered[op] = OpCases(op, **entries)
 
 
 def registry() -> dict[str, OpCases]:
@@ -178,7 +178,7 @@ def registry() -> dict[str, OpCases]:
     names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg)
     for name in names:
         importlib.import_module(f"kdkernels.ops.{name}.cases")
-    return {name: _registry[name] for name in names}
+    return {name: _registered[name] for name in names}
 
 
 def cases_of(op: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:

@@ -81,6 +81,13 @@ class TestSoftmaxDivergence(OpContract):
         self._check_compiled(call, "inductor", None)
 
 
+def test_the_reference_saves_no_statistics():
+    s, t = torch.randn(3, 7, dtype=F64), torch.randn(3, 7, dtype=F64)
+    scalars = (scalar(2.0), scalar(1.0), scalar(0.0), scalar(0.5))
+    with pytest.raises(ValueError, match="save is 'statistics'; the reference accepts 'nothing' and 'gradient'"):
+        torch.ops.kdkernels.softmax_divergence.reference(s, t, None, *scalars, 1, "js", "mean", -100, "statistics")
+
+
 # Values derived by hand
 
 

@@ -110,3 +110,10 @@ def test_empty_inputs():
             loss, grad = results_of(partial(function, reduction=reduction), (torch.randn(0, 5),) * 2, (0,))
             assert loss.sum() == 0
             assert grad.shape == (0, 5)
+
+
+def test_a_gradient_is_not_saved():
+    scalars = (torch.tensor(value, dtype=torch.float64) for value in (2.0, 1.0, 0.0, 0.5))
+    arguments = (torch.randn(3, 7), torch.randn(3, 7), None, *scalars, 1, "js", "mean", -100, "gradient")
+    with pytest.raises(ValueError, match="save is 'gradient'; the Triton kernels accept 'nothing' and 'statistics'"):
+        torch.ops.kdkernels.softmax_divergence.triton(*arguments)

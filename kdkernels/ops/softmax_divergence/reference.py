@@ -183,7 +183,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, if requested, the gradient of ``input`` for an incoming gradient of 1."""
     if save == "statistics":
-        raise NotImplementedError("the reference saves no statistics; they belong to kernels that read them")
+        raise ValueError("save is 'statistics'; the reference accepts 'nothing' and 'gradient'")
     check_values(labels, temperature, beta, input.shape[dim], ignore_index)
     scalars = (temperature, divergence_weight, label_weight, beta)
     problem = _Problem(input, target, labels, scalars, dim, reduction, ignore_index)

@@ -166,7 +166,7 @@ def softmax_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, and the statistics of each position if they are to be saved."""
     if save == "gradient":
-        raise NotImplementedError("the Triton kernels save statistics or nothing")
+        raise ValueError("save is 'gradient'; the Triton kernels accept 'nothing' and 'statistics'")
     reference.check_values(labels, temperature, beta, input.shape[dim], ignore_index)
     options = _Options(
         labels, temperature, divergence_weight, label_weight, beta, dim, divergence, reduction, ignore_index
