@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdkernels._checkpoint import load_checkpoint, save_checkpoint
+from kdkernels._networks import frozen
 from kdkernels.functional import distillation_loss
-from kdkernels.inversion.batch_norm_statistics import frozen
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 

@@ -7,34 +7,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from kdkernels._networks import frozen
 from kdkernels.functional import batch_norm_stat_distances, batch_norm_tap
 from kdkernels.ops._types import Mode, Moment
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-class frozen:  # noqa: N801  (used like torch.no_grad)
-    """Hold a network in eval mode with frozen parameters, and restore both on exit.
-
-    Gradients still flow through the network to its input.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> nn.Module:
-        self._training = [(module, module.training) for module in self.model.modules()]
-        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        self.model.eval()
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        return self.model
-
-    def __exit__(self, *exception: object) -> None:
-        for module, training in self._training:
-            module.training = training
-        for parameter, requires_grad in self._requires_grad:
-            parameter.requires_grad_(requires_grad)
 
 
 class BatchNormStatistics:

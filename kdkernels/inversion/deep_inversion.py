@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdkernels._networks import frozen
 from kdkernels.functional import image_prior_losses, js_div_with_logits
-from kdkernels.inversion.batch_norm_statistics import BatchNormStatistics, frozen
+from kdkernels.inversion.batch_norm_statistics import BatchNormStatistics
 from kdkernels.inversion.config import InversionConfig
 
 COMPETE_TEMPERATURE = 3.0

@@ -1,0 +1,113 @@
+"""What the routines ask of a user's network before and while they use it."""
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Raised when a loss is NaN or infinite: what was lost to it is nothing that would have been of use.
+
+    Attributes:
+        term: Name of the first term that was not finite.
+        iteration: Number of the first iteration whose loss was not finite, counted from 1.
+        state: What the routine had at the last finite iteration; each routine documents it.
+
+    """
+
+    def __init__(self, message: str, *, term: str, iteration: int, state: object) -> None:
+        super().__init__(message)
+        self.term = term
+        self.iteration = iteration
+        self.state = state
+
+
+class frozen:  # noqa: N801  (used like torch.no_grad)
+    """Hold a network in eval mode with frozen parameters, and restore both on exit.
+
+    Gradients still flow through the network to its input.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> nn.Module:
+        self._training = [(module, module.training) for module in self.model.modules()]
+        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        return self.model
+
+    def __exit__(self, *exception: object) -> None:
+        for module, training in self._training:
+            module.training = training
+        for parameter, requires_grad in self._requires_grad:
+            parameter.requires_grad_(requires_grad)
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the floating-point dtype of a network's inputs: those of its first parameter or buffer.
+
+    A network without either is taken to compute on the CPU in torch's default dtype.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def check_finite(model: nn.Module, role: str) -> None:
+    """Raise unless every parameter and buffer of a network is finite.
+
+    Raises:
+        ValueError: If one is not; the message names them. ``role`` says which network it is, such as "teacher".
+
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.is_floating_point()
+    }
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError(f"{role} has tensors on the meta device, which hold no values; load its weights first")
+    finite = [torch.isfinite(tensor.detach()).all().cpu() for tensor in tensors.values()]
+    wrong = [name for name, flag in zip(tensors, finite, strict=True) if not flag]
+    if wrong:
+        raise ValueError(
+            f"{role} holds values that are not finite in {', '.join(wrong[:5])}{' ...' * (len(wrong) > 5)}; "
+            "load weights from before its training diverged"
+        )
+
+
+@torch.no_grad()
+def count_classes(model: nn.Module, image_shape: tuple[int, ...], role: str) -> int:
+    """Return the number of classes of a network, tried on two images in eval mode.
+
+    Raises:
+        ValueError: If it does not accept such images, or does not return finite logits [B, C]; probabilities are no
+            logits.
+
+    """
+    device, dtype = placement(model)
+    noise = torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([torch.zeros_like(noise), noise]).to(device, dtype)
+    with frozen(model):
+        try:
+            logits = model(images)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"{role} does not accept images of shape {list(image_shape)}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{role} must return logits [B, C], but returned {got} for {len(images)} images; wrap it in a module that "
+            "returns the logits alone"
+        )
+    values = logits.float()
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{role} returns logits that are not finite for an image of standard normal noise")
+    if logits.shape[1] > 1 and values.min() >= 0 and torch.allclose(values.sum(1), values.new_ones(()), atol=1e-2):
+        raise ValueError(
+            f"{role} returns probabilities (each row is positive and sums to 1); expected logits, so leave out its "
+            "softmax"
+        )
+    return logits.shape[1]
