@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from kdkernels._checkpoint import claim_folder, fingerprint
+from kdkernels.checkpoints import claim_folder, fingerprint
 from kdkernels.cli._model_loading import outputs_of
 from kdkernels.cli._options import Commands, add_inversion, add_model, inversion_config, positive, trained_model
 from kdkernels.cli._pictures import save_curves, save_grid

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kdkernels._checkpoint import claim_folder, fingerprint
+from kdkernels.checkpoints import claim_folder, fingerprint
 from kdkernels.distillation.distill import distill
 from kdkernels.distillation.pool import ImagePool
 from kdkernels.inversion import DeepInversion, InversionConfig

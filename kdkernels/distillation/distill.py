@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kdkernels._checkpoint import load_checkpoint, save_checkpoint
 from kdkernels._networks import frozen
+from kdkernels.checkpoints import load_checkpoint, save_checkpoint
 from kdkernels.functional import distillation_loss
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
