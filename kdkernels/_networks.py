@@ -56,8 +56,19 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.get_default_dtype()
 
 
+def as_input_of(model: nn.Module, input: Tensor) -> Tensor:
+    """Return an input on the device of a network and, if it is floating-point, in its dtype.
+
+    Under ``torch.autocast`` the dtype is left alone, since autocast chooses one for each operation.
+    """
+    device, dtype = placement(model)
+    if not input.is_floating_point() or torch.is_autocast_enabled(device.type):
+        return input.to(device)
+    return input.to(device, dtype)
+
+
 def check_finite(model: nn.Module, role: str) -> None:
-    """Raise unless every parameter and buffer of a network is finite.
+    """Raise unless every parameter and buffer of a network is finite, and a gradient can pass through it.
 
     Raises:
         ValueError: If one is not; the message names them. ``role`` says which network it is, such as "teacher".
@@ -70,6 +81,11 @@ def check_finite(model: nn.Module, role: str) -> None:
     }
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError(f"{role} has tensors on the meta device, which hold no values; load its weights first")
+    if any(tensor.is_inference() for tensor in tensors.values()):
+        raise ValueError(
+            f"{role} was made inside torch.inference_mode(), so that no gradient can pass through it; use "
+            "copy.deepcopy(model), made outside of it"
+        )
     finite = [torch.isfinite(tensor.detach()).all().cpu() for tensor in tensors.values()]
     wrong = [name for name, flag in zip(tensors, finite, strict=True) if not flag]
     if wrong:

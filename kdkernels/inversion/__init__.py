@@ -3,8 +3,17 @@
 Source: Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020, arXiv 1912.08795.
 """
 
+from kdkernels._networks import NonFiniteLossError
 from kdkernels.inversion.batch_norm_statistics import BatchNormStatistics
 from kdkernels.inversion.config import PRESETS, InversionConfig, Stage
 from kdkernels.inversion.deep_inversion import DeepInversion, Synthesis
 
-__all__ = ["PRESETS", "BatchNormStatistics", "DeepInversion", "InversionConfig", "Stage", "Synthesis"]
+__all__ = [
+    "PRESETS",
+    "BatchNormStatistics",
+    "DeepInversion",
+    "InversionConfig",
+    "NonFiniteLossError",
+    "Stage",
+    "Synthesis",
+]

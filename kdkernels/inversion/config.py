@@ -1,11 +1,22 @@
 """Settings of DeepInversion, with the published ones as presets."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from math import inf, isfinite
+from typing import Literal, Self, get_args
 
+from kdkernels.ops._checks import check_choice
 from kdkernels.ops._types import Mode, Moment
 
 Compete = Literal["js", "nvlabs", "datafree"]
+Schedule = Literal["constant", "warmup_cosine"]
+L2Norm = Literal["image", "batch"]
+PriorOf = Literal["augmented", "plain"]
+Keep = Literal["last", "best"]
+_CHOICES = {
+    "schedule": get_args(Schedule), "mode": get_args(Mode), "moment": get_args(Moment), "l2_norm": get_args(L2Norm),
+    "prior_of": get_args(PriorOf), "compete": get_args(Compete), "keep": get_args(Keep),
+}  # fmt: skip
+_WEIGHTS = ("ce_weight", "feature_weight", "first_layer_weight", "tv_l1", "tv_l2", "l2", "compete_weight")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -56,7 +67,8 @@ class InversionConfig:
         jitter: Largest number of pixels by which the batch is rolled in each direction, once per iteration.
         flip: Probability of flipping the whole batch.
         clip: Whether to keep every channel in the range of real pixels; needs ``mean`` and ``std``.
-        keep: Returned images: those of the ``"last"`` iteration, or of the ``"best"`` loss in the last stage.
+        keep: Returned images: those of the ``"last"`` iteration, or of the ``"best"`` loss in the last stage. The best
+            images are those whose loss was computed; the published code takes them one optimizer step later.
         mean: Mean of each channel in the teacher's normalization.
         std: Standard deviation of each channel in the teacher's normalization.
         source: Source of the values.
@@ -67,7 +79,7 @@ class InversionConfig:
     batch_size: int = 256
     learning_rate: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["constant", "warmup_cosine"] = "constant"
+    schedule: Schedule = "constant"
     ce_weight: float = 1.0
     feature_weight: float = 10.0
     first_layer_weight: float = 1.0
@@ -76,14 +88,14 @@ class InversionConfig:
     tv_l1: float = 0.0
     tv_l2: float = 0.0
     l2: float = 0.0
-    l2_norm: Literal["image", "batch"] = "image"
-    prior_of: Literal["augmented", "plain"] = "augmented"
+    l2_norm: L2Norm = "image"
+    prior_of: PriorOf = "augmented"
     compete_weight: float = 0.0
     compete: Compete = "js"
     jitter: int = 0
     flip: float = 0.0
     clip: bool = False
-    keep: Literal["last", "best"] = "last"
+    keep: Keep = "last"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     source: str = field(default="", compare=False)
@@ -93,14 +105,32 @@ class InversionConfig:
             raise ValueError(
                 f"stages is {self.stages!r}; expected at least one stage, with positive iterations and pool"
             )
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a positive number")
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size!r}; expected 1 or more")
+        if not 0 < self.learning_rate < inf:
+            raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a positive, finite number")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas!r}; expected two numbers in [0, 1)")
+        for name in _WEIGHTS:
+            if not isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a finite number")
+        if not any(getattr(self, name) for name in _WEIGHTS if name not in ("first_layer_weight", "compete_weight")):
+            raise ValueError(
+                "every weight is 0, which leaves nothing to optimize; expected one of ce_weight, feature_weight, "
+                "tv_l1, tv_l2 and l2 to differ from 0"
+            )
         if self.jitter < 0:
             raise ValueError(f"jitter is {self.jitter!r}; expected 0 or more pixels")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip is {self.flip!r}; expected a probability in [0, 1]")
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"mean is {self.mean!r} and std is {self.std!r}; expected both mean and std, or neither")
+        if self.mean is not None and not all(map(isfinite, self.mean)):
+            raise ValueError(f"mean is {self.mean!r}; expected finite numbers")
+        if self.std is not None and not all(0 < value < inf for value in self.std):
+            raise ValueError(f"std is {self.std!r}; expected positive, finite numbers")
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -141,17 +171,7 @@ _IMAGENET = InversionConfig(
     std=IMAGENET_STD,
     source="NVlabs/DeepInversion, imagenet_inversion.py",
 )
-_IMAGENET_README = replace(
-    _IMAGENET,
-    batch_size=84,
-    learning_rate=0.25,
-    feature_weight=0.01,
-    compete_weight=0.2,
-    flip=0.5,
-    source="NVlabs/DeepInversion, README",
-)
 _TWO_STAGES = (Stage(2000, pool=2), Stage(1000))
-_LONG = {"stages": (Stage(20000),), "learning_rate": 0.2, "betas": (0.9, 0.999), "clip": False}
 _CIFAR = InversionConfig(
     stages=(Stage(2000),),
     batch_size=256,
@@ -167,13 +187,22 @@ _CIFAR = InversionConfig(
 PRESETS: dict[str, InversionConfig] = {
     "nvlabs-imagenet-0": replace(_IMAGENET, stages=_TWO_STAGES),
     "nvlabs-imagenet-1": _IMAGENET,
-    "nvlabs-imagenet-2": replace(_IMAGENET, **_LONG),  # type: ignore[arg-type]
-    "nvlabs-imagenet-0-readme": replace(_IMAGENET_README, stages=_TWO_STAGES),
-    "nvlabs-imagenet-1-readme": _IMAGENET_README,
-    "nvlabs-imagenet-2-readme": replace(_IMAGENET_README, **_LONG),  # type: ignore[arg-type]
+    "nvlabs-imagenet-2": replace(_IMAGENET, stages=(Stage(20000),), learning_rate=0.2, betas=(0.9, 0.999), clip=False),
+    "nvlabs-imagenet-0-readme": replace(
+        _IMAGENET,
+        stages=_TWO_STAGES,
+        batch_size=84,
+        learning_rate=0.25,
+        feature_weight=0.01,
+        flip=0.5,
+        source="NVlabs/DeepInversion, README, its command",
+    ),
     "nvlabs-cifar10": _CIFAR,
     "nvlabs-cifar10-readme": replace(
         _CIFAR, feature_weight=10.0, tv_l2=1e-3, source="NVlabs/DeepInversion, README, its better coefficients"
+    ),
+    "nvlabs-cifar10-paper": replace(
+        _CIFAR, learning_rate=0.05, feature_weight=10.0, source="NVlabs/DeepInversion, README, parameters of the paper"
     ),
     "datafree-deepinv": InversionConfig(
         stages=(Stage(1000),),

@@ -9,7 +9,7 @@ from networks import hooked_loss, trained_like
 from torch import nn
 
 from kdkernels.functional import batch_norm_stats, js_div_with_logits
-from kdkernels.inversion import PRESETS, BatchNormStatistics, DeepInversion, InversionConfig, Stage
+from kdkernels.inversion import PRESETS, BatchNormStatistics, DeepInversion, InversionConfig, NonFiniteLossError, Stage
 from kdkernels.models import SmallCNN
 
 F64 = torch.float64
@@ -184,6 +184,11 @@ def test_competition_makes_teacher_and_student_disagree():
     assert disagreement[1] > disagreement[0]
 
 
+def poisoned(model):
+    model[1].running_var[1] = float("nan")
+    return model
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -201,6 +206,27 @@ def test_competition_makes_teacher_and_student_disagree():
         (lambda t: replace(SHORT, flip=2.0), "flip is 2.0; expected a probability"),
         (lambda t: replace(SHORT, jitter=-1), "jitter is -1"),
         (lambda t: replace(SHORT, mean=(0.5,)), "expected both mean and std, or neither"),
+        (lambda t: replace(SHORT, mean=(0.5,), std=(0.0,)), r"std is \(0.0,\); expected positive"),
+        (lambda t: replace(SHORT, mean=(float("nan"),), std=(1.0,)), "mean is .*; expected finite numbers"),
+        (lambda t: replace(SHORT, tv_l2=float("inf")), "tv_l2 is inf; expected a finite number"),
+        (lambda t: replace(SHORT, betas=(0.5, 1.0)), r"betas is \(0.5, 1.0\); expected two numbers in"),
+        (lambda t: replace(SHORT, keep="first"), "keep is 'first'; accepted are 'last', 'best'"),
+        (lambda t: replace(SHORT, ce_weight=0, feature_weight=0, tv_l2=0, l2=0), "every weight is 0"),
+        (lambda t: DeepInversion(t, (1, 1, 1), SHORT), "smaller than the pooling of a stage, 2"),
+        (lambda t: DeepInversion(t, (3, 8, 8), SHORT), "teacher does not accept images of shape"),
+        (lambda t: DeepInversion(nn.Sequential(t, nn.Softmax(1)), (1, 8, 8), SHORT), "teacher returns probabilities"),
+        (
+            lambda t: DeepInversion(t, (1, 8, 8), SHORT, student=SmallCNN(3, 9)),
+            "student returns 9 classes and teacher 10",
+        ),
+        (
+            lambda t: DeepInversion(nn.Sequential(t[0], t[1]), (1, 8, 8), SHORT),
+            r"teacher must return logits \[B, C\], but returned",
+        ),
+        (lambda t: DeepInversion(t, (1, 8, 8), SHORT).synthesize(torch.tensor([10])), "has the classes 0 to 9"),
+        (lambda t: DeepInversion(nn.Flatten(), (1, 8, 8), SHORT), "has no BatchNorm layer"),
+        (lambda t: DeepInversion(poisoned(t), (1, 8, 8), SHORT), "not finite in 1.running_var; load weights"),
+        (lambda t: DeepInversion(t, (1, 8, 8), SHORT, student=poisoned(SmallCNN(3))), "student holds values"),
     ],
 )
 def test_wrong_calls(call, text):
@@ -217,3 +243,103 @@ def test_statistics_of_a_batch_are_those_of_the_op():
         model(x)
         expected = (mean - model[0].running_mean).norm() + (var - model[0].running_var).norm()
         torch.testing.assert_close(statistics.loss(), expected)
+
+
+# Dtypes, and callers in other modes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", ["network", "autocast"])
+def test_images_of_a_16_bit_network_are_close_to_those_of_fp32(digits_teacher, dtype, how):
+    """The images are fp32, and come 95 % of the way that those of fp32 come, measured with the network in fp32."""
+    config = replace(PRESETS["digits"].with_iterations(60), jitter=0)
+    labels = torch.arange(40) % 10
+
+    def synthesize(teacher):
+        inverter = DeepInversion(teacher, (1, 8, 8), config)
+        return inverter.synthesize(labels, generator=torch.Generator().manual_seed(0))
+
+    expected = synthesize(digits_teacher)
+    if how == "network":
+        found = synthesize(copy.deepcopy(digits_teacher).to(dtype))
+    else:
+        with torch.autocast("cpu", dtype):
+            found = synthesize(digits_teacher)
+    assert found.images.dtype == torch.float32
+    assert found.images.isfinite().all()
+    measure = DeepInversion(digits_teacher, (1, 8, 8), config)
+    start = measure.objective(torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), labels)["loss"]
+    reached, in_fp32 = (measure.objective(result.images, labels)["loss"] for result in (found, expected))
+    assert reached < in_fp32 + 0.05 * (start - in_fp32)
+
+
+def test_a_double_network_gives_double_images():
+    teacher = trained_like(SmallCNN(4)).double()
+    assert DeepInversion(teacher, (1, 8, 8), SHORT).synthesize(torch.arange(4)).images.dtype == F64
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_synthesis_inside_other_modes(mode):
+    teacher = trained_like(SmallCNN(4))
+    inverter = DeepInversion(teacher, (1, 8, 8), SHORT)
+    expected = inverter.synthesize(torch.arange(4), generator=torch.Generator().manual_seed(0))
+    with mode():
+        inverter = DeepInversion(teacher, (1, 8, 8), SHORT)
+        found = inverter.synthesize(torch.arange(4), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.images, expected.images)
+    assert not found.images.is_inference()
+
+
+def test_a_network_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        teacher = SmallCNN(4)
+    with pytest.raises(ValueError, match=r"teacher was made inside torch.inference_mode\(\)"):
+        DeepInversion(teacher, (1, 8, 8), SHORT)
+    assert DeepInversion(copy.deepcopy(teacher), (1, 8, 8), SHORT).num_classes == 10
+
+
+def test_no_batch_norm_is_needed_without_the_feature_term():
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    result = DeepInversion(teacher, (1, 8, 8), replace(SHORT, stages=(Stage(4),), feature_weight=0.0)).synthesize(
+        torch.arange(4)
+    )
+    assert "features" not in result.history
+
+
+class Failing(nn.Module):
+    """A network whose logits or gradient are not finite from one call on."""
+
+    def __init__(self, call, what):
+        super().__init__()
+        self.model, self.call, self.what, self.calls = trained_like(SmallCNN(4)), call, what, 0
+
+    def forward(self, x):
+        self.calls += torch.is_grad_enabled()
+        logits = self.model(x)
+        if self.calls != self.call:
+            return logits
+        return logits * float("nan") if self.what == "logits" else logits + (x.sum() * 0).sqrt()
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("iteration", [1, 20, 21, 25, 30])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_finite_images(iteration, keep):
+    config = replace(SHORT, stages=(Stage(30),), jitter=0, flip=0.0, keep=keep)
+    inverter = DeepInversion(Failing(iteration, "logits"), (1, 8, 8), config)
+    text = f"'cross_entropy' of the loss is nan in iteration {iteration} of 30"
+    seen = []  # the images of each call
+    inverter.teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    with pytest.raises(NonFiniteLossError, match=text) as caught:
+        inverter.synthesize(torch.arange(4), generator=torch.Generator().manual_seed(0))
+    error = caught.value
+    assert (error.term, error.iteration) == ("cross_entropy", iteration)
+    assert all(len(values) == iteration - 1 for values in error.state.history.values())
+    assert torch.equal(error.state.images, seen[max(iteration - 2, 0)])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run():
+    inverter = DeepInversion(Failing(7, "gradient"), (1, 8, 8), replace(SHORT, stages=(Stage(7),)))
+    with pytest.raises(NonFiniteLossError, match="the gradient of the loss is not finite") as caught:
+        inverter.synthesize(torch.arange(4))
+    assert (caught.value.term, caught.value.iteration) == ("gradient", 7)
+    assert caught.value.state.images.isfinite().all()
