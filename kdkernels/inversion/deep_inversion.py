@@ -186,6 +186,17 @@ class DeepInversion:
         j = js_div_with_logits(student, teacher, temperature=COMPETE_TEMPERATURE, legacy_clamp=True)
         return 1 - j.clamp(0, 1) if self.config.compete == "nvlabs" else -j
 
+    def _clip(self, images: Tensor) -> None:
+        """Clamp each channel to [-m/s, (1 - m)/s], the range of normalized pixels."""
+        if not self.config.clip:
+            return
+        mean, std = (
+            torch.tensor(values, dtype=images.dtype).to(images.device).view(1, -1, 1, 1)
+            for values in (self.config.mean, self.config.std)
+        )
+        with torch.no_grad():
+            images.copy_(torch.minimum(torch.maximum(images, -mean / std), (1 - mean) / std))
+
     def synthesize(
         self,
         labels: Tensor,
@@ -270,7 +281,7 @@ class _Run:
             self.best_images = torch.where(better, images, self.best_images)
         self.scaler.step(optimizer)
         self.scaler.update()
-        self._clip()
+        self.inverter._clip(self.images)
         self.history.append({name: term.detach() for name, term in terms.items()})
 
     def _augmentation(self, pool: int) -> tuple[tuple[int, int], bool]:
@@ -279,17 +290,6 @@ class _Run:
         down, right = torch.randint(-jitter, jitter + 1, (2,), generator=self.generator).tolist()
         flip = self.config.flip > 0 and torch.rand((), generator=self.generator).item() < self.config.flip
         return (down, right), flip
-
-    def _clip(self) -> None:
-        """Clamp each channel to [-m/s, (1 - m)/s], the range of normalized pixels."""
-        if not self.config.clip:
-            return
-        mean, std = (
-            torch.tensor(values, dtype=self.images.dtype).to(self.images.device).view(1, -1, 1, 1)
-            for values in (self.config.mean, self.config.std)
-        )
-        with torch.no_grad():
-            self.images.copy_(torch.minimum(torch.maximum(self.images, -mean / std), (1 - mean) / std))
 
     def _check_finite(self, total: int) -> None:
         """Raise if a loss since the last check was not finite, or the last step left images that are not."""
