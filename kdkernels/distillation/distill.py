@@ -120,7 +120,13 @@ def distill(
     done = len(history["loss"])
     step = _Step(student, teacher, optimizer, scheduler if by_step else None, options, unpack)
     try:
-        with frozen(teacher), tqdm(total=steps * epochs or None, desc="distill", disable=not progress) as bar:
+        grad_mode = (torch.inference_mode(False), torch.enable_grad())  # whatever the caller's
+        with (
+            grad_mode[0],
+            grad_mode[1],
+            frozen(teacher),
+            tqdm(total=steps * epochs or None, desc="distill", disable=not progress) as bar,
+        ):
             bar.update(steps * done)
             for epoch in range(done, epochs):
                 loss = _epoch(step, loader, epoch, epochs, bar, history)
@@ -185,6 +191,8 @@ class _Step:
         """Train on a batch; return the loss, which the host has not waited for, and the number of images."""
         images, labels = unpacked(batch, self.unpack)
         images = images.to(self.device)
+        if images.is_inference():
+            images = images.clone()  # a layer saves its input for the backward
         labels = None if labels is None else labels.to(self.device)
         if not self.rehearsed:
             rehearse(self.student, self.teacher, images, labels, sizes, self.options)

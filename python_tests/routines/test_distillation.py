@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from distilled import loader_of, setup
+from distilled import loader_of, setup, train
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -148,6 +148,19 @@ def test_student_and_teacher_of_different_dtypes(dtypes):
     history = distill(student, teacher, [torch.randn(16, 1, 8, 8)], **options)
     assert history["loss"][1] < history["loss"][0]
     assert accuracy(student, torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)) >= 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_inside_other_modes(mode):
+    expected = train()
+    with mode():
+        images = torch.randn(20, 1, 8, 8)
+    teacher, student, options = setup(epochs=2)
+    torch.randn(20, 1, 8, 8)
+    with mode():
+        found = distill(student, teacher, loader_of(images), **options)
+    assert len(found["loss"]) == len(expected["loss"])
+    assert found["loss"][1] < found["loss"][0]
 
 
 def test_the_student_comes_back_in_eval_mode():
