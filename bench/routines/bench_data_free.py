@@ -19,7 +19,7 @@ from bench.routines.published_inversion import PublishedInversion
 from kdkernels.cli.demo import IMAGE_SHAPE, NUM_CLASSES, DemoSettings, train_teacher
 from kdkernels.data import load_digits
 from kdkernels.distillation import DataFreeConfig, data_free_distill
-from kdkernels.distillation.data_free import balanced_labels, batch_generator
+from kdkernels.distillation.synthesis import balanced_labels, batch_generator
 from kdkernels.inversion import InversionConfig
 from kdkernels.models import SmallCNN
 
@@ -59,7 +59,7 @@ def published_round(teacher: nn.Module, compile_mode: str | None = None) -> Run:
 
     def run(teacher: nn.Module, student: nn.Module) -> Tensor:
         generator = batch_generator(0, 0)
-        labels = balanced_labels(INVERSION.batch_size, NUM_CLASSES, generator)
+        labels = balanced_labels(0, INVERSION.batch_size, NUM_CLASSES, generator)
         images = torch.randn(len(labels), *IMAGE_SHAPE, generator=generator).to(next(teacher.parameters()).dtype)
         images = inverter.synthesize(images, labels, generator)
         optimizer = torch.optim.Adam(student.parameters(), lr=CONFIG.learning_rate, weight_decay=CONFIG.weight_decay)

@@ -10,13 +10,21 @@ import pkgutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
+
+from kdkernels._networks import NonFiniteLossError
 from kdkernels._version import __version__
 
 INTERRUPTED = 130
+FAILED = 2
+# What a user can run into. Anything else is a fault of the program, or of a network, and keeps its traceback.
+EXPECTED = (ValueError, ImportError, OSError, NonFiniteLossError, torch.OutOfMemoryError)
+_REMEDIES: dict[type[BaseException], str] = {torch.OutOfMemoryError: " Choose a smaller --batch-size."}
 REPEAT_AFTER = 0.5  # seconds
 
 
@@ -24,14 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with _repeated_interrupts():
+        with _repeated_interrupts(), warnings.catch_warnings():
+            warnings.showwarning = _print_warning  # type: ignore[assignment]
             return int(options.run(options))
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to continue.", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, ImportError) as error:
-        print(f"kdkernels {options.command}: {error}", file=sys.stderr)
-        return 2
+    except EXPECTED as error:
+        reason = error.strerror if isinstance(error, OSError) and error.filename is None else None
+        print(f"kdkernels {options.command}: {reason or error}{_REMEDIES.get(type(error), '')}", file=sys.stderr)
+        return FAILED
+
+
+def _print_warning(message: Warning | str, *_: object) -> None:
+    print(f"Warning: {message}", file=sys.stderr)
 
 
 @contextmanager

@@ -1,27 +1,29 @@
-"""Loads a user's network by name, and its weights from a file."""
+"""Builds a user's network by name."""
 
 import importlib
 import importlib.util
 import json
-import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+FAILURES = (TypeError, ValueError, RuntimeError, LookupError, AssertionError)  # of a constructor, on wrong arguments
 
 
-def load_model(name: str, arguments: str = "{}") -> nn.Module:
+def load_model(name: str, arguments: str = "{}", *, pretrained: bool = False) -> nn.Module:
     """Build a network.
 
     Args:
         name: ``package.module:callable``, optionally from the current folder, or the name of a torchvision or timm
-            model. Library models are built without weights.
+            model.
         arguments: Keyword arguments of the callable, as a JSON object.
+        pretrained: Whether a torchvision or timm model is built with its published weights, which are downloaded
+            unless they are at hand.
 
     Raises:
-        ValueError: If the callable or model does not exist or does not return a network.
+        ValueError: If the callable or model does not exist, does not take the arguments, or does not return a network.
 
     """
     try:
@@ -30,100 +32,77 @@ def load_model(name: str, arguments: str = "{}") -> nn.Module:
         keywords = None
     if not isinstance(keywords, dict):
         raise ValueError(f"model arguments must be a JSON object such as '{{\"width\": 16}}', got {arguments!r}")
-    model = _from_import(name, keywords) if ":" in name else _from_library(name, keywords)
+    if ":" not in name:
+        return _network(name, _library_model(name, pretrained), keywords)
+    if pretrained:
+        raise ValueError(f"--pretrained is for torchvision and timm models; {name} gets its weights by --checkpoint")
+    return _network(name, _imported(name), keywords)
+
+
+def _network(name: str, build: Callable[..., Any], keywords: dict[str, Any]) -> nn.Module:
+    try:
+        model = build(**keywords)
+    except FAILURES as error:
+        raise ValueError(
+            f"{name} cannot be built with the model arguments {json.dumps(keywords)} ({type(error).__name__}: {error})"
+        ) from error
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise ValueError(f"{name} returned the class {model.__name__}; expected a network, so call it")
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned {type(model).__name__}; expected a torch.nn.Module")
     return model
 
 
-def _from_import(name: str, keywords: dict[str, Any]) -> Any:
+def _imported(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
+    if not module_name or module_name.startswith(".") or not attribute:
+        raise ValueError(f"model {name!r} is not package.module:callable")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise
         raise ValueError(f"{name}: module {error.name!r} is neither installed nor in the current folder") from error
-    if not callable(getattr(module, attribute, None)):
+    found = getattr(module, attribute, None)
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
         raise ValueError(f"{name}: {module_name} has no callable {attribute!r}")
-    return getattr(module, attribute)(**keywords)
+    return found  # type: ignore[no-any-return]
 
 
-def _from_library(name: str, keywords: dict[str, Any]) -> Any:
+def _library_model(name: str, pretrained: bool) -> Callable[..., Any]:
     installed = [library for library in ("torchvision", "timm") if importlib.util.find_spec(library) is not None]
+    build: Callable[..., Any] | None = None
     if "torchvision" in installed:
         from torchvision import models
 
         if name in models.list_models():
-            return models.get_model(name, weights=None, **keywords)
-    if "timm" in installed:
+            weights = "DEFAULT" if pretrained else None
+            build = lambda **keywords: models.get_model(name, weights=weights, **keywords)  # noqa: E731
+    if build is None and "timm" in installed:
         import timm
 
         if timm.is_model(name):
-            return timm.create_model(name, pretrained=False, **keywords)
-    known = f"is not in {' or '.join(installed)}" if installed else "needs torchvision or timm; neither is installed"
-    raise ValueError(f"model {name!r} {known}. Name a model of your own as package.module:callable")
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a state dict into a network, from safetensors or from a torch file of tensors and plain values only.
-
-    A state dict nested in a checkpoint (``"state_dict"``, ``"model"``, ``"student"``) is found. Prefixes added by
-    DataParallel and torch.compile are removed.
-
-    Raises:
-        ValueError: If the file does not exist or its tensors do not match the network's.
-
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint {str(path)!r} does not exist")
-    state: dict[str, Any]
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model_state_dict", "model", "student"):
-        inner = state.get(key)
-        if isinstance(inner, dict):
-            state = inner
-    for prefix in ("module.", "_orig_mod."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [k for k in expected.keys() & state.keys() if expected[k].shape != getattr(state[k], "shape", None)]
-    if missing or unexpected or shapes:
-        faults = {"missing": missing, "unexpected": unexpected, "different shape": sorted(shapes)}
-        details = "; ".join(
-            f"{text}: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}" for text, keys in faults.items() if keys
+            build = lambda **keywords: timm.create_model(name, pretrained=pretrained, **keywords)  # noqa: E731
+    if build is None:
+        known = (
+            f"is not in {' or '.join(installed)}" if installed else "needs torchvision or timm; neither is installed"
         )
-        raise ValueError(f"{path} does not match {type(model).__name__}: {details}")
-    model.load_state_dict(state)
+        raise ValueError(f"model {name!r} {known}. Name a model of your own as package.module:callable")
+    return _downloading(name, build) if pretrained else build
 
 
-@torch.no_grad()
-def outputs_of(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Return the number of classes of a network.
+def _downloading(name: str, build: Callable[..., Any]) -> Callable[..., Any]:
+    def built(**keywords: Any) -> Any:
+        try:
+            return build(**keywords)
+        except OSError as error:  # urllib's, huggingface_hub's and requests' errors are of this type
+            raise ValueError(
+                f"the published weights of {name} could not be downloaded ({error}); download them elsewhere and give "
+                "the file by --checkpoint"
+            ) from error
 
-    Raises:
-        ValueError: If the network does not accept such images or does not return logits [B, C].
-
-    """
-    parameter = next(model.parameters())
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        logits = model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
-    except RuntimeError as error:
-        raise ValueError(f"the network does not accept images of shape {list(image_shape)}: {error}") from error
-    finally:
-        for module, mode in training:
-            module.training = mode
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(
-            f"the network must return logits [B, C], got {getattr(logits, 'shape', type(logits).__name__)}"
-        )
-    return logits.shape[1]
+    return built

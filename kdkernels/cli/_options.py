@@ -1,14 +1,16 @@
 """Options that commands share, and the objects that they describe."""
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from torch import nn
 
-from kdkernels.cli._model_loading import load_model, load_weights
+from kdkernels._networks import check_finite
+from kdkernels.checkpoints import load_weights
+from kdkernels.cli._model_loading import load_model
 from kdkernels.inversion import PRESETS, InversionConfig
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -22,6 +24,14 @@ def positive(text: str) -> int:
     return value
 
 
+def random_seed(text: str) -> int:
+    """Parse a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a seed; expected a number from 0 to 4294967295")
+    return value
+
+
 def add_model(parser: argparse.ArgumentParser, role: str, prefix: str = "") -> None:
     """Add the options that name a network, its arguments and its weights."""
     parser.add_argument(
@@ -30,7 +40,10 @@ def add_model(parser: argparse.ArgumentParser, role: str, prefix: str = "") -> N
     )  # fmt: skip
     parser.add_argument(f"--{prefix}model-args", default="{}", metavar="JSON", help="keyword arguments of the model")
     parser.add_argument(
-        f"--{prefix}checkpoint", type=Path, metavar="FILE", help="weights: a .safetensors file or a torch checkpoint"
+        f"--{prefix}checkpoint", type=Path, metavar="FILE", help="weights: a safetensors file or a torch checkpoint"
+    )
+    parser.add_argument(
+        f"--{prefix}pretrained", action="store_true", help="take the published weights of a torchvision or timm model"
     )
 
 
@@ -46,21 +59,67 @@ def add_inversion(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mean", type=float, nargs="+", help="mean of the teacher's normalization, one per channel")
     parser.add_argument("--std", type=float, nargs="+", help="deviation of that normalization, one per channel")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=random_seed, default=0, help="default: 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument(
         "--output", type=Path, required=True, help="output folder; the same command resumes an interrupted run in it"
     )
 
 
-def trained_model(options: argparse.Namespace) -> torch.nn.Module:
-    """Return the network that the options name, in eval mode on the chosen device."""
-    model = load_model(options.model, options.model_args)
-    if options.checkpoint is None:
-        print(f"No --checkpoint was given: using the initial weights of {options.model}.", file=sys.stderr)
-    else:
-        load_weights(model, options.checkpoint)
-    return model.to(options.device).eval()
+def device(name: str) -> torch.device:
+    """Return a device on which tensors can be made.
+
+    Raises:
+        ValueError: If there is no such device.
+
+    """
+    try:
+        found = torch.device(name)
+        torch.zeros(1, device=found).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        known = ["cpu", *(f"cuda:{index}" for index in range(count))]
+        reason = (
+            "no such kind of device" if "device string" in str(error) else str(error).partition("\n")[0].rstrip(".")
+        )
+        raise ValueError(
+            f"--device is {name!r}, which cannot be used ({reason}); expected {' or '.join(known)}"
+        ) from error
+    return found
+
+
+def trained_model(options: argparse.Namespace) -> nn.Module:
+    """Return the network that the options name, with trained weights, in eval mode on the chosen device.
+
+    Raises:
+        ValueError: If it would have random weights, or weights that are not finite.
+
+    """
+    if options.checkpoint is None and not options.pretrained:
+        if ":" not in options.model:
+            raise ValueError(
+                f"{options.model} would have random weights; give its trained ones by --checkpoint FILE, or take the "
+                "published ones with --pretrained"
+            )
+        print(f"No --checkpoint was given: using the weights with which {options.model} returns the network.")
+    model = network(options.model, options.model_args, options.checkpoint, options.pretrained)
+    check_finite(model, "the network")
+    return model.to(device(options.device)).eval()
+
+
+def network(name: str, arguments: str, checkpoint: Path | None, pretrained: bool) -> nn.Module:
+    """Return a network with the weights that were given.
+
+    Raises:
+        ValueError: If two kinds of weights were given, or they do not fit.
+
+    """
+    if checkpoint is not None and pretrained:
+        raise ValueError(f"a checkpoint and the published weights were both given for {name}; expected one of them")
+    model = load_model(name, arguments, pretrained=pretrained)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    return model
 
 
 def inversion_config(options: argparse.Namespace) -> InversionConfig:

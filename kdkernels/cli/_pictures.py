@@ -1,14 +1,39 @@
-"""Image grids in true colour, and loss curves."""
+"""Image grids in true colour, and loss curves. Where a package is missing, its pictures are left out."""
 
+import importlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-MISSING = 'pictures need pillow and matplotlib, which are not installed; run `pip install "kdkernels[demo]"`'
+from kdkernels._files import atomic_file
+
+PACKAGES = {"PIL": "pillow", "matplotlib": "matplotlib"}
+MOST, COLUMNS = 256, 16
+SMALLEST = 48  # screen pixels of an image's shorter side, if it is enlarged
+CAPTION = 12  # screen pixels
+
+
+def report_missing_packages() -> None:
+    """Say once which pictures will be left out, and how to get them."""
+    missing = [package for module, package in PACKAGES.items() if not _is_installed(module)]
+    if missing:
+        names = " and ".join(missing)
+        print(
+            f"Some pictures will be left out: {names} cannot be imported; run `pip install {' '.join(missing)}`.",
+            file=sys.stderr,
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def to_pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
@@ -24,54 +49,68 @@ def to_pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float]
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
+def shown_first(labels: Tensor, most: int) -> Tensor:
+    """Return the indices of at most so many images, as many of each class as possible, sorted by class."""
+    order = labels.argsort(stable=True)
+    counts = labels.unique(return_counts=True)[1]
+    rank_in_class = torch.cat([torch.arange(int(count)) for count in counts])
+    chosen = order[rank_in_class.argsort(stable=True)[:most]]
+    return chosen[labels[chosen].argsort(stable=True)]
+
+
 def save_grid(
     path: str | os.PathLike[str],
     images: Tensor,
+    labels: Tensor,
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    columns: int = 16,
-    scale: int = 1,
 ) -> None:
-    """Write images [B, C, H, W] with one or three channels side by side as a PNG.
+    """Write images side by side as a PNG, sorted by class, each below the number of its class.
+
+    Small images are enlarged. An image of one or three channels is shown in grey or in colour; of any other number,
+    as its channels in grey from left to right. Of many images, as many of each class as possible are shown.
 
     Args:
         path: Output file.
-        images: Normalized images.
+        images: Normalized images [B, C, H, W].
+        labels: Classes [B].
         mean: Mean of each channel in the normalization to undo.
         std: Standard deviation of each channel in the normalization to undo.
-        columns: Images per row.
-        scale: Screen pixels per pixel.
 
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    pixels = to_pixels(images, mean, std)
-    count, channels, height, width = pixels.shape
-    if channels not in (1, 3):
-        pixels, channels = pixels[:, :1], 1
-    columns = min(columns, count)
-    rows = ceil(count / columns)
-    grid = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
-    for index, image in enumerate(pixels):
-        top, left = index // columns * (height + 1), index % columns * (width + 1)
-        grid[:, top : top + height, left : left + width] = image
-    array = grid.permute(1, 2, 0).squeeze(2).numpy() if channels == 1 else grid.permute(1, 2, 0).contiguous().numpy()
-    picture = Image.fromarray(array)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    if not _is_installed("PIL"):
+        return
+    from PIL import Image, ImageDraw
+
+    chosen = shown_first(labels.cpu(), MOST)
+    pixels = to_pixels(images[chosen.to(images.device)], mean, std)
+    if pixels.shape[1] not in (1, 3):
+        pixels = torch.cat([torch.nn.functional.pad(channel, (0, 1), value=255) for channel in pixels.split(1, 1)], 3)
+        pixels = pixels[..., :-1]
+    count, _, height, width = pixels.shape
+    scale = max(1, round(SMALLEST / min(images.shape[2:])))
+    columns = min(COLUMNS, count)
+    right, down = width * scale + 2, height * scale + CAPTION + 2
+    grid = Image.new("RGB", (columns * right - 2, ceil(count / columns) * down - 2), "white")
+    text = ImageDraw.Draw(grid)
+    for place, (image, label) in enumerate(zip(pixels, labels[chosen].tolist(), strict=True)):
+        corner = place % columns * right, place // columns * down
+        text.text(corner, str(label), fill="black")
+        tile = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        grid.paste(tile, (corner[0], corner[1] + CAPTION))
+    with atomic_file(path) as file:
+        grid.save(file, format="PNG")
 
 
 def save_curves(path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) -> None:
     """Write curves as a PNG: one panel per entry, one line per series."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(MISSING) from error
+    if not _is_installed("matplotlib"):
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
@@ -83,5 +122,5 @@ def save_curves(path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, 
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=110, format="png")

@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kdkernels.cli._options import Commands, positive
-from kdkernels.cli._pictures import save_curves, save_grid
+from kdkernels._files import atomic_file, read_json, write_json
+from kdkernels._run_folder import locked_folder
+from kdkernels.cli._options import Commands, positive, random_seed
+from kdkernels.cli._pictures import report_missing_packages, save_curves, save_grid
 from kdkernels.data import load_digits
 from kdkernels.distillation import accuracy, distill
-from kdkernels.distillation.data_free import balanced_labels, batch_generator
+from kdkernels.distillation.synthesis import balanced_labels, batch_generator
 from kdkernels.inversion import DeepInversion, InversionConfig
 from kdkernels.models import SmallCNN
 from kdkernels.ops._loader import build_info
@@ -42,13 +44,14 @@ def add_parser(commands: Commands) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("demo", help="distill a digit classifier without data and compare with baselines")
     parser.add_argument("--seeds", type=positive, default=1, help="number of repetitions (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--seed", type=random_seed, default=0, help="first seed (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="output folder (default: build/demo)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and print its table."""
+    report_missing_packages()
     metrics = run_demo(options.output, seeds=options.seeds, first_seed=options.seed)
     print(table_of(metrics["seeds"]))
     print(f"Wrote pictures, curves, table and metrics to {options.output}.")
@@ -119,7 +122,7 @@ def synthesize(
     batches = []
     for index in range(settings.batches):
         generator = batch_generator(seed, index)
-        labels = balanced_labels(config.batch_size, NUM_CLASSES, generator)
+        labels = balanced_labels(index, config.batch_size, NUM_CLASSES, generator)
         batches.append(inverter.synthesize(labels, generator=generator))
     return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]), batches[0].history
 
@@ -151,8 +154,7 @@ def run_seed(settings: DemoSettings, seed: int, folder: Path, bar: "tqdm[Any]") 
             images, labels, history = synthesize(settings, teacher, config, seed)
             if arm == "deep_inversion":
                 curves = {"terms of DeepInversion's loss by iteration": history, **curves}
-                shown = torch.cat([images[labels == label][:16] for label in range(NUM_CLASSES)])
-                save_grid(folder / f"digits_seed_{seed}.png", shown, mean=[digits.mean], std=[digits.std], scale=6)
+                save_grid(folder / f"digits_seed_{seed}.png", images, labels, mean=[digits.mean], std=[digits.std])
         student, history = train_student(settings, teacher, images, seed)
         curves["student's loss by epoch"][arm] = history["loss"]
         result[arm] = {"accuracy": accuracy(student, *digits.test), "seconds": perf_counter() - start}
@@ -189,32 +191,33 @@ def run_demo(
         progress: Whether to show a progress bar.
 
     """
-    folder, settings = Path(folder), settings or DemoSettings()
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = settings or DemoSettings()
     described = json.loads(json.dumps(asdict(settings)))
-    unfinished = folder / "unfinished.json"
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    if unfinished.is_file():
-        left = json.loads(unfinished.read_text())
-        if left["settings"] == described:
-            results = {k: v for k, v in left["seeds"].items() if int(k) in range(first_seed, first_seed + seeds)}
-    with tqdm(total=seeds * (1 + len(ARMS)), disable=not progress, unit="step") as bar:
-        bar.update(len(results) * (1 + len(ARMS)))
-        for seed in range(first_seed, first_seed + seeds):
-            if str(seed) not in results:
-                results[str(seed)] = run_seed(settings, seed, folder, bar)
-                unfinished.write_text(json.dumps({"settings": described, "seeds": results}))
-    metrics = {
-        "mean": {
-            arm: {key: fmean(seed[arm][key] for seed in results.values()) for key in ("accuracy", "seconds")}
-            for arm in ("teacher", *ARMS)
-        },
-        "seeds": results,
-        "settings": described,
-        "build": build_info(),
-        "threads": torch.get_num_threads(),
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (folder / "table.txt").write_text(table_of(results) + "\n")
-    unfinished.unlink()
+    with locked_folder(folder) as folder:
+        unfinished = folder / "unfinished.json"
+        results: dict[str, dict[str, dict[str, float]]] = {}
+        if unfinished.is_file():
+            left = read_json(unfinished, "remove it to start again")
+            if left["settings"] == described:
+                results = {k: v for k, v in left["seeds"].items() if int(k) in range(first_seed, first_seed + seeds)}
+        with tqdm(total=seeds * (1 + len(ARMS)), disable=not progress, unit="step") as bar:
+            bar.update(len(results) * (1 + len(ARMS)))
+            for seed in range(first_seed, first_seed + seeds):
+                if str(seed) not in results:
+                    results[str(seed)] = run_seed(settings, seed, folder, bar)
+                    write_json(unfinished, {"settings": described, "seeds": results})
+        metrics = {
+            "mean": {
+                arm: {key: fmean(seed[arm][key] for seed in results.values()) for key in ("accuracy", "seconds")}
+                for arm in ("teacher", *ARMS)
+            },
+            "seeds": results,
+            "settings": described,
+            "build": build_info(),
+            "threads": torch.get_num_threads(),
+        }
+        write_json(folder / "metrics.json", metrics)
+        with atomic_file(folder / "table.txt") as file:
+            file.write(f"{table_of(results)}\n".encode())
+        unfinished.unlink()
     return metrics

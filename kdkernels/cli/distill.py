@@ -1,14 +1,24 @@
 """``python -m kdkernels distill``: a student trained from a trained network, without data."""
 
 import argparse
-import json
 
 import torch
 
-from kdkernels.cli._model_loading import load_model, load_weights, outputs_of
-from kdkernels.cli._options import Commands, add_inversion, add_model, inversion_config, positive, trained_model
-from kdkernels.cli._pictures import save_curves, save_grid
+from kdkernels._files import require_safetensors
+from kdkernels.cli._options import (
+    Commands,
+    add_inversion,
+    add_model,
+    device,
+    inversion_config,
+    network,
+    positive,
+    trained_model,
+)
+from kdkernels.cli._pictures import report_missing_packages, save_curves, save_grid
 from kdkernels.distillation import DataFreeConfig, data_free_distill
+from kdkernels.distillation.distill import accuracy
+from kdkernels.inversion import DeepInversion
 
 
 def add_parser(commands: Commands) -> None:
@@ -30,20 +40,9 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train the student; write its weights, the images and the loss curve."""
-    from safetensors.torch import save_file
-
-    teacher, inversion, shape = trained_model(options), inversion_config(options), tuple(options.image_shape)
-    torch.manual_seed(options.seed)
-    student = load_model(options.student_model, options.student_model_args)
-    if options.student_checkpoint is not None:
-        load_weights(student, options.student_checkpoint)
-    student = student.to(options.device)
-    num_classes = outputs_of(teacher, shape)
-    if outputs_of(student, shape) != num_classes:
-        raise ValueError(
-            f"--student-model returns {outputs_of(student, shape)} classes, but the teacher returns {num_classes}; "
-            "set the number of classes with --student-model-args"
-        )
+    require_safetensors()
+    report_missing_packages()
+    inversion, shape = inversion_config(options), tuple(options.image_shape)
     config = DataFreeConfig(
         rounds=options.rounds,
         batches=options.batches,
@@ -52,20 +51,28 @@ def run(options: argparse.Namespace) -> int:
         learning_rate=options.learning_rate,
         temperature=options.temperature,
     )
+    teacher = trained_model(options)
+    torch.manual_seed(options.seed)
+    student = network(
+        options.student_model, options.student_model_args, options.student_checkpoint, options.student_pretrained
+    ).to(device(options.device))
     pool, history = data_free_distill(
         teacher,
         student,
         shape,
-        num_classes,
+        DeepInversion(teacher, shape, inversion).num_classes,
         inversion=inversion,
         config=config,
         seed=options.seed,
         folder=options.output,
     )
-    weights = options.output / "student.safetensors"
-    save_file({name: tensor.contiguous().cpu() for name, tensor in student.state_dict().items()}, weights)
-    save_grid(options.output / "grid.png", pool.images[:256], mean=inversion.mean, std=inversion.std)
-    save_curves(options.output / "curves.png", {"student's loss": {"loss": history["loss"]}}, "epoch")
-    (options.output / "history.json").write_text(json.dumps(history))
-    print(f"Wrote the student to {weights}.")
+    folder = options.output
+    save_grid(folder / "grid.png", pool.images, pool.labels, mean=inversion.mean, std=inversion.std)
+    save_curves(folder / "curves.png", {"student's loss": {"loss": history["loss"]}}, "epoch")
+    shares = history["recognized"]
+    print(
+        f"The teacher recognizes {sum(shares) / len(shares):.0%} of its images, and the student "
+        f"{accuracy(student, pool.images, pool.labels):.0%}."
+    )
+    print(f"Wrote the student to {folder / 'student.safetensors'}, and images, history and pictures beside it.")
     return 0

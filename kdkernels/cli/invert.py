@@ -1,17 +1,15 @@
 """``python -m kdkernels invert``: images synthesized from a trained network."""
 
 import argparse
-import json
 from dataclasses import asdict
+from math import prod
 
-import torch
-
-from kdkernels.checkpoints import claim_folder, fingerprint
-from kdkernels.cli._model_loading import outputs_of
+from kdkernels._files import require_safetensors, write_json
+from kdkernels._run_folder import describe, require_space, run_folder
 from kdkernels.cli._options import Commands, add_inversion, add_model, inversion_config, positive, trained_model
-from kdkernels.cli._pictures import save_curves, save_grid
+from kdkernels.cli._pictures import report_missing_packages, save_curves, save_grid
 from kdkernels.distillation import ImagePool
-from kdkernels.distillation.data_free import balanced_labels, batch_generator, progress_bar
+from kdkernels.distillation.synthesis import recognized, synthesize_batch
 from kdkernels.inversion import DeepInversion
 
 
@@ -26,26 +24,43 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Synthesize the batches that the output folder lacks, with a picture and loss curves for each."""
-    teacher, config, shape = trained_model(options), inversion_config(options), tuple(options.image_shape)
-    classes = torch.arange(outputs_of(teacher, shape))
-    if options.classes is not None:
-        wrong = [c for c in options.classes if not 0 <= c < len(classes)]
-        if wrong:
-            raise ValueError(f"--classes includes {wrong}; the network has the classes 0 to {len(classes) - 1}")
-        classes = torch.tensor(options.classes)
-    inverter = DeepInversion(teacher, shape, config)
-    settings = {"inversion": asdict(config), "seed": options.seed, "image_shape": shape, "classes": classes.tolist()}
-    claim_folder(options.output, settings | {"teacher": fingerprint(teacher)})
-    pool = ImagePool(options.output / "images")
-    for index in range(len(pool), options.batches):
-        generator = batch_generator(options.seed, index)
-        labels = classes[balanced_labels(config.batch_size, len(classes), generator)]
-        with progress_bar(config, f"batch {index + 1} of {options.batches}", True) as advance:
-            result = inverter.synthesize(labels, generator=generator, progress=advance)
-        save_grid(options.output / f"grid_{index:05d}.png", result.images[:256], mean=config.mean, std=config.std)
-        save_curves(options.output / f"curves_{index:05d}.png", {"terms of the loss": result.history}, "iteration")
-        (options.output / f"history_{index:05d}.json").write_text(json.dumps(result.history))
-        pool.add(result.images, result.labels)  # last, so that a batch in the pool is complete
-    print(f"Wrote {len(pool)} batches of {config.batch_size} images to {pool.folder}, and pictures beside that folder.")
+    """Synthesize the batches that the output folder lacks, with loss curves for each and a picture of the run."""
+    require_safetensors()
+    report_missing_packages()
+    config, shape = inversion_config(options), tuple(options.image_shape)
+    inverter = DeepInversion(trained_model(options), shape, config)
+    classes = _classes(options.classes, inverter.num_classes)
+    settings = {
+        "command": "invert",
+        "teacher": describe(inverter.teacher),
+        "image_shape": list(shape),
+        "seed": options.seed,
+        "classes": classes,
+        "inversion": {name: value for name, value in asdict(config).items() if name != "source"},
+    }
+    with run_folder(options.output, settings) as folder:
+        pool = ImagePool(folder)
+        missing = [index for index in range(options.batches) if index not in pool]
+        require_space(folder, len(missing) * config.batch_size * prod(shape) * 4)
+        for index in missing:
+            result, share = synthesize_batch(inverter, index, seed=options.seed, classes=classes)
+            # Before the batch, so that a batch in the pool has its history.
+            write_json(folder / f"history_{index:05d}.json", {"recognized": share, **result.history})
+            pool.add(result.images, result.labels, index=index)
+            save_curves(folder / f"curves_{index:05d}.png", {"terms of the loss": result.history}, "iteration")
+        save_grid(folder / "grid.png", pool.images, pool.labels, mean=config.mean, std=config.std)
+        share = recognized(inverter.teacher, pool.images, pool.labels)
+    print(f"The teacher recognizes {share:.0%} of the images.")
+    print(f"Wrote {len(pool)} batches of {config.batch_size} images, histories and pictures to {folder}.")
     return 0
+
+
+def _classes(chosen: list[int] | None, num_classes: int) -> list[int]:
+    if chosen is None:
+        return list(range(num_classes))
+    wrong = [label for label in chosen if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"--classes includes {wrong}; the network has the classes 0 to {num_classes - 1}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"--classes is {chosen}; expected each class once")
+    return chosen

@@ -4,15 +4,22 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import cos, inf, pi, prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, TensorDataset
 
-from kdkernels.checkpoints import claim_folder, fingerprint
+from kdkernels._files import write_json
+from kdkernels._networks import check_finite, count_classes, placement
+from kdkernels._run_folder import describe, require_space, run_folder
+from kdkernels.checkpoints import save_weights, weights_as_bytes
 from kdkernels.distillation.distill import distill
 from kdkernels.distillation.pool import ImagePool
+from kdkernels.distillation.synthesis import recognized, synthesize_batch
 from kdkernels.inversion import DeepInversion, InversionConfig
 
 
@@ -46,17 +53,11 @@ class DataFreeConfig:
         for name in ("rounds", "batches", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
-
-
-def batch_generator(seed: int, index: int) -> torch.Generator:
-    """Return the generator of a batch, which depends on nothing but the seed and the index."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-
-
-def balanced_labels(count: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Return labels in random order whose class counts differ by at most one."""
-    labels = torch.arange(count) % num_classes
-    return labels[torch.randperm(count, generator=generator)]
+        for name in ("learning_rate", "temperature"):
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if not 0 <= self.weight_decay < inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}; expected 0 or more")
 
 
 def data_free_distill(
@@ -75,87 +76,193 @@ def data_free_distill(
     """Train a student from a trained teacher alone.
 
     Every round synthesizes images, adds them to a pool, and continues to train the student on the whole pool. If
-    ``config.adaptive``, later rounds synthesize images against the student of the previous round. Source: Yin et al.,
-    "Dreaming to Distill", arXiv 1912.08795, whose released code ends before the student.
+    ``config.adaptive``, later rounds synthesize images against the student of the previous round. Everything that can
+    be checked is checked before the first image. Source: Yin et al., "Dreaming to Distill", arXiv 1912.08795, whose
+    released code ends before the student.
+
+    In a folder, every finished batch and epoch is saved, and a call with the same arguments resumes an interrupted run
+    bit for bit; the student is passed as it was at the start. A finished run goes on if it is called with more rounds,
+    or, if it has one round, with more epochs. The folder holds ``settings.json``, the images in
+    ``batch_*.safetensors``, a checkpoint for each round, and at the end ``student.safetensors`` and ``history.json``.
 
     Args:
         teacher: Classifier with BatchNorm layers; left unchanged.
-        student: Network trained in place.
+        student: Network trained in place, and given back in the mode, training or evaluation, that it had.
         image_shape: Shape [C, H, W] of an image.
         num_classes: Number of classes of the teacher.
         inversion: Settings of the synthesis.
         config: Settings of the loop and of the student's training.
         seed: Seed of the images and of the order in which the student sees them.
-        folder: Folder in which every finished batch and epoch is saved; a call with the same arguments resumes an
-            interrupted run from it.
-        progress: Whether to show progress bars.
+        folder: Folder of the run; by default nothing is saved.
+        progress: Whether to show progress bars, and after each batch the share of its images that the teacher
+            recognizes.
         on_round: Function called after every round with its number and the student.
 
     Returns:
-        The pool of images and the history of the student's training.
+        The pool of images, and the history: ``"loss"`` and ``"learning_rate"`` of the student's training, one value per
+        epoch, and ``"recognized"``, the share of images that the teacher recognizes, one value per batch.
+
+    Raises:
+        ValueError: If a network, its classes or a setting do not fit, or the folder holds another run.
+        NonFiniteLossError: If a loss is NaN or infinite; see :meth:`DeepInversion.synthesize` and :func:`distill`.
+        OSError: If the folder cannot be written, or its disk has no room for the run.
+
+    Warns:
+        UserWarning: If a term of the synthesis keeps the teacher from recognizing the images; it names the weight.
 
     """
-    if folder is not None:
-        settings = {"inversion": asdict(inversion), "config": asdict(config), "seed": seed, "image_shape": image_shape}
-        claim_folder(folder, settings | {"teacher": fingerprint(teacher)})
-    pool = ImagePool(None if folder is None else Path(folder) / "images")
-    epochs = config.rounds * config.epochs
-    optimizer = torch.optim.Adam(student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    history: dict[str, list[float]] = {"loss": [], "learning_rate": []}
-    for number in range(config.rounds):
-        checkpoint = None if folder is None else Path(folder) / f"student_round_{number:03d}.pt"
-        if checkpoint is None or not _is_finished(checkpoint, config.epochs):
-            against = student if config.adaptive and number > 0 else None
-            inverter = DeepInversion(teacher, image_shape, inversion, student=against)
-            for index in range(len(pool), (number + 1) * config.batches):
-                generator = batch_generator(seed, index)
-                labels = balanced_labels(inversion.batch_size, num_classes, generator)
-                with progress_bar(inversion, f"batch {index + 1}", progress) as advance:
-                    result = inverter.synthesize(labels, generator=generator, progress=advance)
-                pool.add(result.images, result.labels)
-        torch.manual_seed(seed * 1_000_003 + number)
-        images = pool.images[: (number + 1) * config.batches * inversion.batch_size]
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(images), batch_size=config.batch_size, shuffle=True
-        )
-        part = distill(
-            student,
-            teacher,
-            loader,
-            epochs=config.epochs,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            temperature=config.temperature,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
-        for name, values in part.items():
-            history[name] += values
-        if on_round is not None:
-            on_round(number, student)
-    return pool, history
+    inverter = DeepInversion(teacher, image_shape, inversion)
+    _check_networks(inverter, student, num_classes, config)
+    loop = _Loop(inverter, student, config, seed, progress, on_round)
+    if folder is None:
+        return loop.run(None)
+    dry_run = weights_as_bytes(student)
+    settings: dict[str, Any] = {
+        "command": "distill",
+        "teacher": describe(teacher),
+        "student": describe(student),
+        "image_shape": list(image_shape),
+        "seed": seed,
+        "inversion": {name: value for name, value in asdict(inversion).items() if name != "source"},
+        "config": asdict(config),
+    }
+    may_grow = {"config.rounds"} if config.rounds > 1 else {"config.epochs"}
+    with run_folder(folder, settings, may_grow=may_grow) as opened:
+        images = prod(image_shape) * 4 * inversion.batch_size * config.batches * config.rounds
+        require_space(opened, images + (1 + 4 * config.rounds) * len(dry_run))
+        return loop.run(opened)
 
 
-def _is_finished(checkpoint: Path, epochs: int) -> bool:
-    """Tell whether a round was already trained to its end."""
-    if not checkpoint.is_file():
-        return False
-    state = torch.load(checkpoint, weights_only=True)
-    return len(state["history"]["loss"]) == epochs
+class _Loop:
+    """A run of data-free distillation, whose networks and settings were checked."""
+
+    def __init__(
+        self,
+        inverter: DeepInversion,
+        student: nn.Module,
+        config: DataFreeConfig,
+        seed: int,
+        progress: bool,
+        on_round: Callable[[int, nn.Module], None] | None,
+    ) -> None:
+        self.inverter, self.student, self.config = inverter, student, config
+        self.seed, self.progress, self.on_round = seed, progress, on_round
+        self.optimizer = torch.optim.Adam(
+            student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.scheduler = _Cosine(self.optimizer, config.rounds * config.epochs)
+
+    def run(self, folder: Path | None) -> tuple[ImagePool, dict[str, list[float]]]:
+        """Run all rounds; the student ends in the mode that it had."""
+        pool = ImagePool(folder)
+        history: dict[str, list[float]] = {"loss": [], "learning_rate": []}
+        with _kept_mode(self.student):
+            for number in range(self.config.rounds):
+                self._synthesize(pool, number)
+                for name, values in self._train(pool, number, folder).items():
+                    history[name] = history.get(name, []) + values
+                if self.on_round is not None:
+                    self.on_round(number, self.student)
+        images_of_each = [pool.batch(index) for index in range(self.config.rounds * self.config.batches)]
+        history["recognized"] = [recognized(self.inverter.teacher, *batch) for batch in images_of_each]
+        if folder is not None:
+            check_finite(self.student, "student")
+            save_weights(self.student, folder / "student.safetensors")
+            write_json(folder / "history.json", history)
+        return pool, history
+
+    def _synthesize(self, pool: ImagePool, number: int) -> None:
+        """Add the batches of a round that the pool lacks; the student is as the round before left it."""
+        batches = range(number * self.config.batches, (number + 1) * self.config.batches)
+        missing = [index for index in batches if index not in pool]
+        inverter = self.inverter
+        if missing and self.config.adaptive and number > 0:
+            inverter = DeepInversion(inverter.teacher, inverter.image_shape, inverter.config, student=self.student)
+        for index in missing:
+            result, _ = synthesize_batch(inverter, index, seed=self.seed, progress=self.progress)
+            pool.add(result.images, result.labels, index=index)
+
+    def _train(self, pool: ImagePool, number: int, folder: Path | None) -> dict[str, list[float]]:
+        """Train the student for a round, or restore it if the round was trained before."""
+        images = pool.images[: (number + 1) * self.config.batches * self.inverter.config.batch_size]
+        loader = DataLoader(TensorDataset(images), batch_size=self.config.batch_size, shuffle=True)
+        device, _ = placement(self.student)
+        # The order of the images and dropout draw from torch's generator, which is given back as it was.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed * 1_000_003 + number)
+            return distill(
+                self.student,
+                self.inverter.teacher,
+                loader,
+                epochs=self.config.epochs,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                temperature=self.config.temperature,
+                checkpoint=None if folder is None else folder / f"student_round_{number:03d}.pt",
+                progress=self.progress,
+            )
+
+
+class _Cosine(LRScheduler):
+    """Anneals the learning rate to 0 by a cosine; a longer run goes on from the value that its own length gives."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int) -> None:
+        self.epochs = epochs
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        return [base * 0.5 * (1 + cos(pi * self.last_epoch / self.epochs)) for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = state_dict["last_epoch"]
+        for group, value in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = value
 
 
 @contextmanager
-def progress_bar(
-    config: InversionConfig, description: str, enabled: bool
-) -> Iterator[Callable[[int, dict[str, Tensor]], None]]:
-    """Show a progress bar for a synthesis; yield the function to call after every iteration."""
-    total = sum(stage.iterations for stage in config.stages)
-    with tqdm(total=total, desc=description, unit="it", disable=not enabled, mininterval=0.5) as bar:
+def _kept_mode(model: nn.Module) -> Iterator[None]:
+    """Give a network back in the mode, training or evaluation, that it had, layer by layer."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
-        def advance(iteration: int, terms: dict[str, Tensor]) -> None:
-            if enabled and iteration % 20 == 0:  # reading the loss waits for the device
-                bar.set_postfix(loss=f"{terms['loss'].item():.3f}", refresh=False)
-            bar.update()
 
-        yield advance
+def _check_networks(inverter: DeepInversion, student: nn.Module, num_classes: int, config: DataFreeConfig) -> None:
+    """Check all that would otherwise be found after the synthesis."""
+    if inverter.num_classes != num_classes:
+        raise ValueError(f"num_classes is {num_classes}, but the teacher returns {inverter.num_classes} classes")
+    check_finite(student, "student")
+    others = count_classes(student, inverter.image_shape, "student")
+    if others != num_classes:
+        raise ValueError(f"the student returns {others} classes, but the teacher returns {num_classes}")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("the student has no parameters that require a gradient, so there is nothing to train")
+    if {id(parameter) for parameter in student.parameters()} & {id(p) for p in inverter.teacher.parameters()}:
+        raise ValueError("teacher and student share parameters; give the student copies of its own (copy.deepcopy)")
+    per_round = config.batches * inverter.config.batch_size
+    smallest = min(per_round * (number + 1) % config.batch_size or config.batch_size for number in range(config.rounds))
+    _check_training(student, inverter.image_shape, min(smallest, per_round), config.batch_size)
+
+
+def _check_training(student: nn.Module, image_shape: tuple[int, int, int], count: int, batch_size: int) -> None:
+    """Run the student in train mode on its smallest batch, and give it back as it was."""
+    device, dtype = placement(student)
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    with torch.no_grad(), _kept_mode(student), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        student.train()
+        try:
+            student(torch.randn(count, *image_shape, device=device, dtype=dtype))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the student cannot be trained on a batch of {count} images, which config.batch_size {batch_size} "
+                f"leaves of the pool: {error}; choose another batch size"
+            ) from error
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)

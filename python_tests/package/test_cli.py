@@ -62,18 +62,18 @@ def test_invert_writes_images_and_pictures(tmp_path, teacher, capsys):
     arguments = ["invert", *teacher, *SHORT, "--batches", "2", "--output", str(output), "--classes", "3", "7"]
     assert cli.main(arguments) == 0
     assert "Wrote 2 batches of 20 images" in capsys.readouterr().out
-    batch = load_file(output / "images" / "batch_00001.safetensors")
+    batch = load_file(output / "batch_00001.safetensors")
     assert batch["images"].shape == (20, 1, 8, 8)
     assert set(batch["labels"].tolist()) == {3, 7}
-    for name in ("grid_00000.png", "curves_00000.png", "history_00000.json", "settings.json"):
+    for name in ("grid.png", "curves_00001.png", "history_00000.json", "settings.json"):
         assert (output / name).is_file()
     assert len(json.loads((output / "history_00000.json").read_text())["loss"]) == 4
     # The same command has nothing left to do; other settings are refused.
-    before = (output / "grid_00001.png").stat().st_mtime_ns
+    before = (output / "batch_00001.safetensors").stat().st_mtime_ns
     assert cli.main(arguments) == 0
-    assert (output / "grid_00001.png").stat().st_mtime_ns == before
+    assert (output / "batch_00001.safetensors").stat().st_mtime_ns == before
     assert cli.main([*arguments, "--seed", "1"]) == 2
-    assert "other settings (seed)" in capsys.readouterr().err
+    assert "other settings: seed was 0 and is 1;" in capsys.readouterr().err
 
 
 def test_interrupted_invert_resumes(tmp_path, teacher):
@@ -83,7 +83,7 @@ def test_interrupted_invert_resumes(tmp_path, teacher):
 
     first = tmp_path / "interrupted"
     process = subprocess.Popen(command(first), stderr=subprocess.PIPE, text=True)
-    while not (first / "images" / "batch_00000.safetensors").is_file():
+    while not (first / "batch_00000.safetensors").is_file():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -91,11 +91,11 @@ def test_interrupted_invert_resumes(tmp_path, teacher):
     assert process.returncode == cli.INTERRUPTED
     assert "Run the same command again to continue." in err
     assert "Traceback" not in err
-    assert not (first / "images" / "batch_00002.safetensors").exists()
+    assert not (first / "batch_00002.safetensors").exists()
     subprocess.run(command(first), check=True, capture_output=True)
     subprocess.run(command(tmp_path / "straight"), check=True, capture_output=True)
     for index in range(3):
-        name = f"images/batch_{index:05d}.safetensors"
+        name = f"batch_{index:05d}.safetensors"
         assert torch.equal(load_file(first / name)["images"], load_file(tmp_path / "straight" / name)["images"])
 
 
@@ -185,7 +185,8 @@ def test_demo_writes_its_files(tmp_path):
     assert "+-" in table
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
-        "metrics.json", "table.txt", "digits_seed_0.png", "digits_seed_1.png", "curves_seed_0.png", "curves_seed_1.png",
+        ".lock", "metrics.json", "table.txt",
+        "digits_seed_0.png", "digits_seed_1.png", "curves_seed_0.png", "curves_seed_1.png",
     }  # fmt: skip
     assert json.loads((tmp_path / "metrics.json").read_text())["seeds"] == metrics["seeds"]
 

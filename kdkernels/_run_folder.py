@@ -1,0 +1,144 @@
+"""The folder of a run: used by one process at a time, and by one run alone."""
+
+import errno
+import json
+import os
+import reprlib
+import shutil
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from kdkernels._files import read_json, write_json
+from kdkernels._version import __version__
+from kdkernels.checkpoints import fingerprint
+
+
+@contextmanager
+def run_folder(
+    path: str | os.PathLike[str], settings: dict[str, Any], *, may_grow: Collection[str] = ()
+) -> Iterator[Path]:
+    """Hold the folder of a run: made if needed, locked, and with the files of this run and no other.
+
+    ``settings.json`` records the settings. A later run must have the same ones, but for numbers that may grow.
+
+    Args:
+        path: Folder.
+        settings: All that decides the result: nested dictionaries of JSON values.
+        may_grow: Names of numbers that a later run may have larger, such as ``"config.rounds"``.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings, another process is using it, or its settings.json is
+            damaged.
+        OSError: If it is not a folder, or cannot be written.
+
+    """
+    with locked_folder(path) as folder:
+        _claim(folder, json.loads(json.dumps(settings)), may_grow)
+        yield folder
+
+
+@contextmanager
+def locked_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder if needed and keep other processes from using it; the system ends that with the process."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        reason = "a file of that name exists" if isinstance(error, FileExistsError) else error.strerror
+        raise OSError(error.errno, f"{path} cannot be used as an output folder ({reason}); choose another") from error
+    with lock:
+        if find_spec("fcntl") is not None:  # not on Windows, where nothing keeps two processes apart
+            _lock(lock, path)
+        yield path
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raise unless the disk of a folder has room for that many bytes.
+
+    Raises:
+        OSError: If it has not.
+
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"the run needs {size / 2**20:,.0f} MiB in {folder}, but only {free / 2**20:,.0f} MiB are free; make room, "
+            "or choose a folder on another disk",
+        )
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read().strip()
+        raise ValueError(
+            f"another process (pid {owner}) is using {folder}; wait for it, or choose another folder"
+        ) from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+
+
+def _claim(folder: Path, settings: dict[str, Any], may_grow: Collection[str]) -> None:
+    path = folder / "settings.json"
+    notes = {"kdkernels": __version__, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    if path.is_file():
+        recorded = read_json(path, f"remove {folder} to start again, or choose another folder")
+        if not isinstance(recorded, dict) or recorded.keys() != {"settings", "notes"}:
+            raise ValueError(f"{path} is not from this version of kdkernels; remove {folder}, or choose another folder")
+        old, new = dict(_flat(recorded["settings"])), dict(_flat(settings))
+        grown = {name for name in may_grow if name in old and name in new and new[name] > old[name]}
+        changes = _changes(old, new, apart_from=grown)
+        if changes:
+            raise ValueError(
+                f"{folder} holds a run with other settings: {'; '.join(changes)}; choose another folder, or go on with "
+                "the settings of that run"
+            )
+        others = _changes(recorded["notes"], notes)
+        if others:
+            warnings.warn(
+                f"{folder} was begun differently ({'; '.join(others)}), so results may differ in their last bits",
+                stacklevel=4,
+            )
+        notes = recorded["notes"]
+    write_json(path, {"settings": settings, "notes": notes})
+
+
+def describe(model: torch.nn.Module) -> str:
+    """Return the class of a network and the beginning of its fingerprint, by which settings tell it from others."""
+    return f"{type(model).__name__} {fingerprint(model)[:16]}"
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested settings under names such as ``inversion.stages[0].iterations``."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{name}[{index}]")
+    else:
+        yield name, value
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], apart_from: Collection[str] = ()) -> list[str]:
+    def shown(values: dict[str, Any], name: str) -> str:
+        return reprlib.repr(values[name]).strip("'") if name in values else "not set"
+
+    return [
+        f"{name} was {shown(old, name)} and is {shown(new, name)}"
+        for name in {**old, **new}
+        if name not in apart_from and (name not in old or name not in new or old[name] != new[name])
+    ]
