@@ -1,9 +1,9 @@
 """The folder of a run: used by one process at a time, and by one run alone."""
 
+import copy
 import errno
 import json
 import os
-import reprlib
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from kdkernels._files import read_json, write_json
+from kdkernels._settings import differences
 from kdkernels._version import __version__
 from kdkernels.checkpoints import fingerprint
 
@@ -98,15 +99,16 @@ def _claim(folder: Path, settings: dict[str, Any], may_grow: Collection[str]) ->
         recorded = read_json(path, f"remove {folder} to start again, or choose another folder")
         if not isinstance(recorded, dict) or recorded.keys() != {"settings", "notes"}:
             raise ValueError(f"{path} is not from this version of kdkernels; remove {folder}, or choose another folder")
-        old, new = dict(_flat(recorded["settings"])), dict(_flat(settings))
-        grown = {name for name in may_grow if name in old and name in new and new[name] > old[name]}
-        changes = _changes(old, new, apart_from=grown)
+        found = copy.deepcopy(recorded["settings"])
+        for name in may_grow:
+            _follow_growth(found, settings, name.split("."))
+        changes = differences(found, settings)
         if changes:
             raise ValueError(
                 f"{folder} holds a run with other settings: {'; '.join(changes)}; choose another folder, or go on with "
                 "the settings of that run"
             )
-        others = _changes(recorded["notes"], notes)
+        others = differences(recorded["notes"], notes)
         if others:
             warnings.warn(
                 f"{folder} was begun differently ({'; '.join(others)}), so results may differ in their last bits",
@@ -121,24 +123,12 @@ def describe(model: torch.nn.Module) -> str:
     return f"{type(model).__name__} {fingerprint(model)[:16]}"
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested settings under names such as ``inversion.stages[0].iterations``."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-        for index, inner in enumerate(value):
-            yield from _flat(inner, f"{name}[{index}]")
+def _follow_growth(found: Any, wanted: Any, names: list[str]) -> None:
+    """Replace a recorded number by the wanted one if that is larger."""
+    name, *below = names
+    if not isinstance(found, dict) or not isinstance(wanted, dict) or name not in found or name not in wanted:
+        return
+    if below:
+        _follow_growth(found[name], wanted[name], below)
     else:
-        yield name, value
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any], apart_from: Collection[str] = ()) -> list[str]:
-    def shown(values: dict[str, Any], name: str) -> str:
-        return reprlib.repr(values[name]).strip("'") if name in values else "not set"
-
-    return [
-        f"{name} was {shown(old, name)} and is {shown(new, name)}"
-        for name in {**old, **new}
-        if name not in apart_from and (name not in old or name not in new or old[name] != new[name])
-    ]
+        found[name] = max(found[name], wanted[name])

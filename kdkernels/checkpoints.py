@@ -126,14 +126,14 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 
     """
     name, keys, *position = np.random.get_state(legacy=True)
-    generators = {
+    states = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
         "numpy": [name, np.asarray(keys).tolist(), *position],
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
     with atomic_file(path) as file:
-        torch.save({**state, "generators": generators}, file)
+        torch.save({**state, "random_states": states}, file)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -156,14 +156,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         state = read_tensor_file(path)
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from error
-    if not isinstance(state, dict) or "generators" not in state:
+    if not isinstance(state, dict) or "random_states" not in state:
         raise ValueError(f"'{path}' is not a checkpoint of an interrupted run; name another file, or {remedy}")
-    generators = state.pop("generators")
-    torch.set_rng_state(generators["torch"])
-    random.setstate(generators["python"])
-    np.random.set_state(tuple(generators["numpy"]))
-    if len(generators["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(generators["cuda"])
+    states = state.pop("random_states")
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
     return state
 
 

@@ -1,8 +1,7 @@
 """Data-free distillation: images from the teacher, a student from the images, and again against that student."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import cos, inf, pi, prod
 from pathlib import Path
@@ -17,6 +16,7 @@ from kdkernels._files import write_json
 from kdkernels._networks import check_finite, count_classes, placement
 from kdkernels._run_folder import describe, require_space, run_folder
 from kdkernels.checkpoints import save_weights, weights_as_bytes
+from kdkernels.distillation._rehearsal import check_networks, rehearse
 from kdkernels.distillation.distill import distill
 from kdkernels.distillation.pool import ImagePool
 from kdkernels.distillation.synthesis import recognized, synthesize_batch
@@ -87,7 +87,7 @@ def data_free_distill(
 
     Args:
         teacher: Classifier with BatchNorm layers; left unchanged.
-        student: Network trained in place, and given back in the mode, training or evaluation, that it had.
+        student: Network trained in place; it is returned in eval mode, ready for use.
         image_shape: Shape [C, H, W] of an image.
         num_classes: Number of classes of the teacher.
         inversion: Settings of the synthesis.
@@ -112,8 +112,9 @@ def data_free_distill(
 
     """
     inverter = DeepInversion(teacher, image_shape, inversion)
-    _check_networks(inverter, student, num_classes, config)
+    _check(inverter, student, num_classes, config)
     loop = _Loop(inverter, student, config, seed, progress, on_round)
+    check_networks(student, teacher, loop.optimizer)
     if folder is None:
         return loop.run(None)
     dry_run = weights_as_bytes(student)
@@ -153,16 +154,15 @@ class _Loop:
         self.scheduler = _Cosine(self.optimizer, config.rounds * config.epochs)
 
     def run(self, folder: Path | None) -> tuple[ImagePool, dict[str, list[float]]]:
-        """Run all rounds; the student ends in the mode that it had."""
+        """Run all rounds."""
         pool = ImagePool(folder)
         history: dict[str, list[float]] = {"loss": [], "learning_rate": []}
-        with _kept_mode(self.student):
-            for number in range(self.config.rounds):
-                self._synthesize(pool, number)
-                for name, values in self._train(pool, number, folder).items():
-                    history[name] = history.get(name, []) + values
-                if self.on_round is not None:
-                    self.on_round(number, self.student)
+        for number in range(self.config.rounds):
+            self._synthesize(pool, number)
+            for name, values in self._train(pool, number, folder).items():
+                history[name] = history.get(name, []) + values
+            if self.on_round is not None:
+                self.on_round(number, self.student)
         images_of_each = [pool.batch(index) for index in range(self.config.rounds * self.config.batches)]
         history["recognized"] = [recognized(self.inverter.teacher, *batch) for batch in images_of_each]
         if folder is not None:
@@ -222,47 +222,16 @@ class _Cosine(LRScheduler):
             group["lr"] = value
 
 
-@contextmanager
-def _kept_mode(model: nn.Module) -> Iterator[None]:
-    """Give a network back in the mode, training or evaluation, that it had, layer by layer."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _check_networks(inverter: DeepInversion, student: nn.Module, num_classes: int, config: DataFreeConfig) -> None:
+def _check(inverter: DeepInversion, student: nn.Module, num_classes: int, config: DataFreeConfig) -> None:
     """Check all that would otherwise be found after the synthesis."""
     if inverter.num_classes != num_classes:
         raise ValueError(f"num_classes is {num_classes}, but the teacher returns {inverter.num_classes} classes")
     check_finite(student, "student")
-    others = count_classes(student, inverter.image_shape, "student")
-    if others != num_classes:
-        raise ValueError(f"the student returns {others} classes, but the teacher returns {num_classes}")
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise ValueError("the student has no parameters that require a gradient, so there is nothing to train")
-    if {id(parameter) for parameter in student.parameters()} & {id(p) for p in inverter.teacher.parameters()}:
-        raise ValueError("teacher and student share parameters; give the student copies of its own (copy.deepcopy)")
-    per_round = config.batches * inverter.config.batch_size
-    smallest = min(per_round * (number + 1) % config.batch_size or config.batch_size for number in range(config.rounds))
-    _check_training(student, inverter.image_shape, min(smallest, per_round), config.batch_size)
-
-
-def _check_training(student: nn.Module, image_shape: tuple[int, int, int], count: int, batch_size: int) -> None:
-    """Run the student in train mode on its smallest batch, and give it back as it was."""
-    device, dtype = placement(student)
-    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
-    with torch.no_grad(), _kept_mode(student), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        student.train()
-        try:
-            student(torch.randn(count, *image_shape, device=device, dtype=dtype))
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"the student cannot be trained on a batch of {count} images, which config.batch_size {batch_size} "
-                f"leaves of the pool: {error}; choose another batch size"
-            ) from error
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    found = count_classes(student, inverter.image_shape, "student")
+    if found != num_classes:
+        raise ValueError(f"the student returns {found} classes, but the teacher returns {num_classes}")
+    counts = [config.batches * inverter.config.batch_size * (number + 1) for number in range(config.rounds)]
+    sizes = {size for count in counts for size in (min(count, config.batch_size), count % config.batch_size) if size}
+    image = torch.randn(1, *inverter.image_shape, generator=torch.Generator().manual_seed(0))
+    images = image.to(placement(student)[0]).expand(max(sizes), -1, -1, -1)
+    rehearse(student, inverter.teacher, images, None, sizes, {"temperature": config.temperature})

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kdkernels._networks import placement
 from kdkernels.distillation.distill import accuracy
 from kdkernels.inversion import DeepInversion, InversionConfig, Synthesis
 
@@ -71,7 +70,7 @@ def synthesize_batch(
 
 def recognized(teacher: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of images whose most likely class, according to the teacher, is their label."""
-    return accuracy(teacher, images.to(placement(teacher)[1]), labels)
+    return accuracy(teacher, images, labels)
 
 
 def drowned(history: Mapping[str, Sequence[float]], share: float) -> str | None:
