@@ -24,25 +24,48 @@ class NonFiniteLossError(FloatingPointError):
 class frozen:  # noqa: N801  (used like torch.no_grad)
     """Hold a network in eval mode with frozen parameters, and restore both on exit.
 
-    Gradients still flow through the network to its input.
+    Modes are changed by the network's own ``train()`` and ``eval()``. Where a module has one of its own, such as a
+    layer that merges low-rank weights, its parameters and buffers are given back bit for bit. Gradients still flow
+    through the network to its input.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __enter__(self) -> nn.Module:
-        self._training = [(module, module.training) for module in self.model.modules()]
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        self.model.eval()
+        self._training = [(module, module.training) for module in self.model.modules()]
+        self._values: dict[str, Tensor] = {}
+        if any(training for _, training in self._training):
+            self._values = {name: tensor.detach().clone() for name, tensor in _changed_by_modes(self.model).items()}
+            self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         return self.model
 
     def __exit__(self, *exception: object) -> None:
-        for module, training in self._training:
-            module.training = training
+        for module, training in self._training:  # parents before their children, whose modes they set
+            if module.training != training:
+                module.train(training)
+        if self._values:
+            tensors = _changed_by_modes(self.model)
+            with torch.no_grad():
+                for name, value in self._values.items():
+                    if not torch.equal(tensors[name], value):
+                        tensors[name].copy_(value)
         for parameter, requires_grad in self._requires_grad:
             parameter.requires_grad_(requires_grad)
+
+
+def _changed_by_modes(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of the modules whose ``train()`` or ``eval()`` may do more than set a flag."""
+    plain = (nn.Module.train, nn.Module.eval)
+    return {
+        f"{name}.{own}": tensor
+        for name, module in model.named_modules()
+        if (type(module).train, type(module).eval) != plain or {"train", "eval"} & module.__dict__.keys()
+        for own, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

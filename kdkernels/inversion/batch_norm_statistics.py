@@ -1,82 +1,132 @@
-"""Input statistics of every BatchNorm layer in a forward, and their distance from the running statistics."""
+"""Statistics of every BatchNorm layer in a forward, and their distance from the running statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from kdkernels._networks import frozen
 from kdkernels.functional import batch_norm_stat_distances, batch_norm_tap
+from kdkernels.inversion._forwards import (
+    Forward,
+    LayerUse,
+    Recomputation,
+    Record,
+    in_backward,
+    is_replica,
+    joined,
+    lock,
+    merged,
+)
+from kdkernels.inversion._layers import At, Layers, find_layers, targets_of
+from kdkernels.ops._checks import check_choice
 from kdkernels.ops._types import Mode, Moment
-
-BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class BatchNormStatistics:
-    r"""Context manager that collects the input statistics of all BatchNorm layers of a network.
+    r"""Context manager that compares the statistics of a network's BatchNorm layers with their running statistics.
 
-    Inside the context, the network is in eval mode and its parameters are frozen. Every BatchNorm1d, BatchNorm2d,
-    BatchNorm3d and SyncBatchNorm layer reports the mean and variance of its input, computed in one pass whose backward
-    is fused into the network's (:func:`kdkernels.functional.batch_norm_tap`). :meth:`loss` sums their distances from
-    the running statistics:
+    Inside the context, every BatchNorm layer reports the mean and variance of its input, computed in one pass whose
+    backward is fused into the network's (:func:`kdkernels.functional.batch_norm_tap`). :meth:`loss` sums their
+    distances from the running statistics:
 
     .. math:: R = \sum_l w_l \bigl(\lVert \mu_l - m_l \rVert_2 + \lVert v_l - r_l \rVert_2\bigr)
 
-    for ``mode="l2"``; see :func:`kdkernels.functional.batch_norm_stat_loss` for the other modes. On exit the network's
-    modes, gradients and buffers are exactly what they were before.
+    for ``mode="l2"``; see :func:`kdkernels.functional.batch_norm_stat_loss` for the other modes.
+
+    The records belong to a forward. A call of the network begins one, and :meth:`loss` is that of the latest; a loss
+    stays valid when another forward follows. Where the network is run by something else than a call of it, as in
+    ``model.forward_features(x)``, reading the loss ends the forward; if a layer ran twice before, it cannot be told
+    whether in one forward or in two, and :meth:`loss` raises. :meth:`forward` marks one. Activation checkpointing of
+    both kinds is supported, and so is ``DataParallel``, whose parts of a batch are merged.
 
     Args:
-        model: Network with BatchNorm layers that keep running statistics.
+        model: Network with BatchNorm layers that keep running statistics. A frozen batch normalization, or any other
+            module with a ``running_mean`` and ``running_var`` for each channel, counts as one.
         mode: Distance: ``"l2"``, ``"squared"`` or ``"gaussian_kl"``.
         moment: Second moment to compare: ``"var"`` or ``"std"``.
         unbiased: Whether the batch variance is divided by n - 1.
+        layers: Layers to count: a list of names, a type or a tuple of types, or a function of name and module. By
+            default all; the published code leaves BatchNorm1d out.
+        uses: Uses of a layer that runs several times in a forward: ``"all"`` count, or the ``"last"``, as in the
+            published code.
+        at: Whether the statistics are those of the layers' ``"input"``, or of their ``"output"``, which are compared
+            with what the layer makes of its running statistics: mean bias, variance weight^2 running_var /
+            (running_var + eps).
+        freeze: Whether to hold the network in eval mode with frozen parameters. Otherwise it is left as it is and
+            gradients reach the parameters; the running statistics are those from before the layer's forward.
 
     Attributes:
         layers: Names of the layers in the order of ``model.modules()``, which is also the order of the weights.
 
     Raises:
-        ValueError: If the model has no BatchNorm layer, or one without running statistics.
+        ValueError: If the model has no BatchNorm layer, or one without running statistics, or an argument is not
+            accepted.
 
-    Example::
+    Warns:
+        UserWarning: If modules that look like a BatchNorm layer are not counted; it names them.
 
-        with BatchNormStatistics(teacher) as statistics:
-            logits = teacher(images)
-            (cross_entropy(logits, labels) + 10 * statistics.loss()).backward()
+    On exit the network is what it was before: modes, through its own ``train()`` and ``eval()``, parameters, buffers
+    and hooks. Source: Yin et al., "Dreaming to Distill", arXiv 1912.08795.
+
+    Example:
+        >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> images = torch.randn(4, 3, 8, 8, requires_grad=True)
+        >>> with BatchNormStatistics(teacher) as statistics:
+        ...     features = teacher(images)
+        ...     (features.mean() + 10 * statistics.loss()).backward()
+        >>> list(statistics.layers)
+        ['1']
 
     """
 
-    def __init__(self, model: nn.Module, *, mode: Mode = "l2", moment: Moment = "var", unbiased: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mode: Mode = "l2",
+        moment: Moment = "var",
+        unbiased: bool = False,
+        layers: Layers | None = None,
+        uses: Literal["all", "last"] = "all",
+        at: At = "input",
+        freeze: bool = True,
+    ) -> None:
+        check_choice("uses", uses, ("all", "last"))
+        check_choice("at", at, ("input", "output"))
         self.model = model
         self.mode: Mode = mode
         self.moment: Moment = moment
         self.unbiased = unbiased
-        named = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORM)]
-        if not named:
-            raise ValueError(
-                f"model is {type(model).__name__}, which has no BatchNorm layer; expected at least one BatchNorm1d, "
-                "BatchNorm2d, BatchNorm3d or SyncBatchNorm"
-            )
-        without = [name for name, module in named if module.running_mean is None]
-        if without:
-            raise ValueError(
-                f"model has layers without running statistics: {without}; expected track_running_stats=True"
-            )
-        self.layers = [name for name, _ in named]
-        self._modules = [module for _, module in named]
-        self._records: list[tuple[int, Tensor, Tensor]] = []
-        self._running: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.uses = uses
+        self.at: At = at
+        self.freeze = freeze
+        found = find_layers(model, layers, at)
+        self.layers = list(found)
+        self._modules = list(found.values())
+        self._channels = [len(module.running_mean) for module in found.values()]  # type: ignore[arg-type]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._frozen = frozen(model)
+        self._frozen = frozen(model) if freeze else nullcontext()
+        self._reset()
 
     def __enter__(self) -> Self:
         if self._handles:
             raise RuntimeError("this BatchNormStatistics is already active; create another one")
+        self._reset()
         self._frozen.__enter__()
-        self._handles = [self.model.register_forward_pre_hook(self._start, prepend=True)]
+        self._handles = [
+            self.model.register_forward_pre_hook(self._enter, prepend=True),
+            self.model.register_forward_hook(self._leave, always_call=True),
+        ]
         for index, module in enumerate(self._modules):
-            self._handles.append(module.register_forward_pre_hook(self._tap_of(index)))
+            if self.at == "input":
+                handle = module.register_forward_pre_hook(self._before(index), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(self._after(index))
+            self._handles.append(handle)
         return self
 
     def __exit__(
@@ -85,67 +135,198 @@ class BatchNormStatistics:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._records = []
-        self._running = {}
-        self._frozen.__exit__()
+        recomputation = self._recomputation
+        self._reset()
+        self._frozen.__exit__(kind, error, traceback)
+        if kind is None:
+            self._raise_if_lost(recomputation)
 
-    def _start(self, module: nn.Module, arguments: Any) -> None:
-        self._records = []
+    def _reset(self) -> None:
+        self._forward = Forward(known=False)
+        self._depth = 0  # of calls of the network inside one another
+        self._recomputation = Recomputation()
+        self._running: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def _tap_of(self, index: int) -> Any:
-        def tap(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            activation, mean, var = batch_norm_tap(arguments[0], unbiased=self.unbiased)
-            self._records.append((index, mean, var))
-            return (activation, *arguments[1:])
+    # What happens in a forward
+
+    def _enter(self, module: nn.Module, arguments: Any) -> None:
+        if in_backward():
+            return
+        if is_replica(module):
+            raise RuntimeError(
+                "the model runs as a replica of DataParallel, whose parts of a batch cannot be told from other "
+                "forwards; create BatchNormStatistics of the DataParallel module instead"
+            )
+        if self._depth == 0:
+            self._begin(known=True)
+        self._depth += 1
+
+    def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if in_backward():
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self._forward.ended = True
+
+    def _begin(self, known: bool) -> None:
+        if self._recomputation.waiting:
+            self._raise_if_lost(self._recomputation)
+            if not self._forward.read:
+                self._recomputation.forget(self._forward.records)
+        self._forward = Forward(known)
+
+    def _raise_if_lost(self, recomputation: Recomputation) -> None:
+        lost = recomputation.lost()
+        if lost:
+            raise RuntimeError(
+                f"the gradient of the statistics of {', '.join(self.layers[index] for index in lost)} did not reach "
+                "the network: these layers ran under torch.utils.checkpoint with use_reentrant=True, whose backward "
+                "runs only if the same backward() comes from the network's output. Add both losses, or use "
+                "use_reentrant=False"
+            )
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Mark what runs inside the ``with`` block as one forward, for a network that is not run by calling it."""
+        self._begin(known=True)
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            self._forward.ended = True
+
+    def _before(self, index: int) -> Any:
+        def tap(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            if arguments:
+                return (self._tapped(index, module, arguments[0]), *arguments[1:]), keywords
+            name = next((name for name, value in keywords.items() if isinstance(value, Tensor)), None)
+            if name is None:
+                raise ValueError(f"layer {self.layers[index]} was called without a tensor; expected its input")
+            return arguments, {**keywords, name: self._tapped(index, module, keywords[name])}
 
         return tap
 
-    def _running_statistics(self, order: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return the concatenated running statistics of the layers that ran, cached because the model is frozen."""
-        if order not in self._running:
-            modules = [self._modules[index] for index in order]
-            means, variances = [m.running_mean for m in modules], [m.running_var for m in modules]
-            self._running[order] = torch.cat(means), torch.cat(variances)  # type: ignore[arg-type]
-        return self._running[order]
+    def _after(self, index: int) -> Any:
+        def tap(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+            return self._tapped(index, module, output)
 
-    def losses(self) -> Tensor:
-        """Return the distance of each layer, in execution order of the latest forward.
+        return tap
 
-        Raises:
-            RuntimeError: If the model was not called inside the ``with`` block.
+    def _tapped(self, index: int, module: nn.Module, activation: Tensor) -> Tensor:
+        """Record the statistics of an activation and return it, with their gradients joined to its own."""
+        channels = self._channels[index]
+        if activation.dim() < 2 or activation.shape[1] != channels:
+            raise ValueError(
+                f"layer {self.layers[index]} got an activation of shape {list(activation.shape)}; expected [N, C, ...] "
+                f"with C = {channels}. Leave it out with layers="
+            )
+        output, mean, var = batch_norm_tap(activation, unbiased=self.unbiased)
+        if in_backward():
+            grads = self._recomputation.take(index, mean)
+            return output if grads is None else joined(output, mean, var, *grads)
+        if self._depth == 0 and self._forward.ended:
+            self._begin(known=False)
+        forward = self._forward
+        if forward.known and forward.with_grad and not torch.is_grad_enabled():
+            mean, var = self._recomputation.leave(index, mean, var)
+        targets = None
+        if not self.freeze:
+            target_mean, target_var = targets_of(self._modules[index], self.at)
+            targets = target_mean.clone(), target_var.clone()
+        values = activation.numel() // channels
+        if is_replica(module):
+            with lock:
+                use = forward.number_use_of_replica(module)
+                forward.records.append(Record(index, use, values, mean, var, targets))
+        else:
+            forward.records.append(Record(index, forward.number_use(index), values, mean, var, targets))
+        return output
 
-        """
-        if not self._records:
+    # What is made of it
+
+    def _counted(self) -> list[Record]:
+        """Return the records of the latest forward that count."""
+        forward = self._forward
+        if not forward.records:
             raise RuntimeError("no BatchNorm layer has run yet; call the model inside the with block first")
-        order, means, variances = zip(*self._records, strict=True)
-        running_mean, running_var = self._running_statistics(order)
+        if forward.repeated:
+            names = ", ".join(self.layers[index] for index in forward.repeated)
+            raise RuntimeError(
+                f"{names} ran twice outside a call of the model, in one forward or in two, which cannot be told; call "
+                "the model itself, read the loss after each forward, or mark one by `with statistics.forward():`"
+            )
+        forward.read = True
+        if not forward.known:
+            forward.ended = True
+        records = merged(forward.records, self.unbiased) if forward.replica_uses is not None else forward.records
+        if self.uses == "all":
+            return records
+        last = {record.layer: record for record in records}
+        return [record for record in records if record is last[record.layer]]
+
+    def _targets(self, records: list[Record]) -> tuple[Tensor, Tensor]:
+        """Return the concatenated targets of records, cached where the model is frozen."""
+        order = tuple(record.layer for record in records)
+        if order in self._running:
+            return self._running[order]
+        device = records[0].mean.device
+        pairs = [r.targets or targets_of(self._modules[r.layer], self.at) for r in records]
+        means, variances = (torch.cat([values.to(device) for values in side]) for side in zip(*pairs, strict=True))
+        if self.freeze:
+            self._running[order] = means, variances
+        return means, variances
+
+    def _distances(self, records: list[Record]) -> Tensor:
+        device = records[0].mean.device
+        means, variances = [r.mean.to(device) for r in records], [r.var.to(device) for r in records]
         return batch_norm_stat_distances(
             torch.cat(means),
             torch.cat(variances),
-            running_mean,
-            running_var,
+            *self._targets(records),
             [len(mean) for mean in means],
             mode=self.mode,
             moment=self.moment,
         )
 
-    def loss(self, weights: Sequence[float] | None = None) -> Tensor:
-        """Return the weighted sum over the layers of the latest forward; a layer that ran twice counts twice.
+    def losses(self) -> dict[LayerUse, Tensor]:
+        """Return the distance of each use of a layer in the latest forward, in the order in which they ran.
 
-        Args:
-            weights: One weight for each of :attr:`layers`; all 1 by default.
+        The keys are (name of the layer, number of the use, counted from 0); the sum of the values is :meth:`loss`.
 
         Raises:
-            RuntimeError: If the model was not called inside the ``with`` block.
-            ValueError: If the number of weights differs from the number of layers.
+            RuntimeError: If the model was not called inside the ``with`` block, or it cannot be told which of the
+                records belong to one forward.
 
         """
-        losses = self.losses()
+        records = self._counted()
+        names = [LayerUse(self.layers[record.layer], record.use) for record in records]
+        return dict(zip(names, self._distances(records).unbind(), strict=True))
+
+    def loss(self, weights: Sequence[float] | Mapping[str, float] | None = None) -> Tensor:
+        """Return the weighted sum over the uses of layers in the latest forward.
+
+        Args:
+            weights: One weight for each of :attr:`layers`, or weights by name, 1 for the layers that are not named; all
+                1 by default.
+
+        Raises:
+            RuntimeError: See :meth:`losses`.
+            ValueError: If the number of weights differs from the number of layers, or a name is not that of a layer.
+
+        """
+        records = self._counted()
+        losses = self._distances(records)
         if weights is None:
             return losses.sum()
+        if isinstance(weights, Mapping):
+            unknown = [name for name in weights if name not in self.layers]
+            if unknown:
+                raise ValueError(f"weights names {unknown}; the layers are {', '.join(self.layers)}")
+            weights = [weights.get(name, 1.0) for name in self.layers]
         if len(weights) != len(self.layers):
             raise ValueError(
                 f"weights has {len(weights)} values; expected one for each of the {len(self.layers)} layers"
             )
-        chosen = torch.tensor([float(weights[index]) for index, _, _ in self._records], dtype=losses.dtype)
+        chosen = torch.tensor([float(weights[record.layer]) for record in records], dtype=losses.dtype)
         return (losses * chosen.to(losses.device)).sum()

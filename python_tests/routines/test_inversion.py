@@ -5,113 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import hooked_loss, trained_like
+from networks import trained_like
 from torch import nn
 
-from kdkernels.functional import batch_norm_stats, js_div_with_logits
-from kdkernels.inversion import PRESETS, BatchNormStatistics, DeepInversion, InversionConfig, NonFiniteLossError, Stage
+from kdkernels.functional import js_div_with_logits
+from kdkernels.inversion import PRESETS, DeepInversion, InversionConfig, NonFiniteLossError, Stage
 from kdkernels.models import SmallCNN
 
 F64 = torch.float64
-
-
-class Ranks(nn.Module):
-    """Batch normalization in three ranks, with one layer used twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.volume = nn.BatchNorm3d(3)
-        self.image = nn.BatchNorm2d(3)
-        self.vector = nn.BatchNorm1d(3)
-
-    def forward(self, x):
-        x = self.volume(x[:, :, None]).relu()[:, :, 0]
-        x = self.image(self.image(x) * 0.7)
-        return self.vector(x.mean((2, 3)))
-
-
-# The statistics
-
-
-@pytest.mark.parametrize("mode", ["l2", "gaussian_kl"])
-def test_statistics_equal_hooks(mode):
-    model = trained_like(Ranks()).double()
-    x = torch.randn(4, 3, 5, 6, dtype=F64, requires_grad=True)
-    losses, names, expected = hooked_loss(model, x, mode)
-    assert names == ["volume", "image", "image", "vector"]
-    (expected_grad,) = torch.autograd.grad(sum(losses) + expected.square().sum(), x)
-    with BatchNormStatistics(model, mode=mode) as statistics:
-        outputs = model(x)
-        (grad,) = torch.autograd.grad(statistics.loss() + outputs.square().sum(), x)
-        torch.testing.assert_close(statistics.losses(), torch.stack(losses))
-        weights = [2.0, 3.0, 5.0]
-        torch.testing.assert_close(
-            statistics.loss(weights), 2 * losses[0] + 3 * (losses[1] + losses[2]) + 5 * losses[3]
-        )
-    assert statistics.layers == ["volume", "image", "vector"]
-    torch.testing.assert_close(outputs, expected)
-    torch.testing.assert_close(grad, expected_grad)
-
-
-def test_model_is_restored():
-    model = trained_like(Ranks())
-    model.image.eval()
-    model.vector.weight.requires_grad_(False)
-    before = copy.deepcopy(model.state_dict())
-    modes = [module.training for module in model.modules()]
-    grads = [parameter.requires_grad for parameter in model.parameters()]
-    with BatchNormStatistics(model) as statistics:
-        assert not model.training
-        assert not any(parameter.requires_grad for parameter in model.parameters())
-        model(torch.randn(4, 3, 5, 6)).sum()
-        statistics.loss()
-    assert [module.training for module in model.modules()] == modes
-    assert [parameter.requires_grad for parameter in model.parameters()] == grads
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])
-
-
-def test_model_is_restored_after_an_error():
-    model = trained_like(SmallCNN(4))
-    with pytest.raises(RuntimeError), BatchNormStatistics(model):
-        model(torch.randn(2, 3, 8, 8))
-    assert model.training
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_loss_is_of_the_latest_forward():
-    model = trained_like(SmallCNN(4))
-    a, b = torch.randn(8, 1, 8, 8), torch.randn(8, 1, 8, 8)
-    with BatchNormStatistics(model) as statistics:
-        model(a)
-        model(b)
-        both = statistics.loss()
-        model(b)
-        assert torch.equal(both, statistics.loss())
-
-
-def test_synchronized_batch_norm_is_covered():
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(trained_like(SmallCNN(4)))
-    assert len(BatchNormStatistics(model).layers) == 3
-
-
-def test_statistics_explain_mistakes():
-    with pytest.raises(ValueError, match="model is Sequential, which has no BatchNorm layer"):
-        BatchNormStatistics(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match=r"layers without running statistics: \['0'\]"):
-        BatchNormStatistics(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)))
-    statistics = BatchNormStatistics(SmallCNN(4))
-    with statistics:
-        with pytest.raises(RuntimeError, match="no BatchNorm layer has run yet"):
-            statistics.loss()
-        with pytest.raises(RuntimeError, match="already active"):
-            statistics.__enter__()
-        statistics.model(torch.randn(2, 1, 8, 8))
-        with pytest.raises(ValueError, match="weights has 2 values; expected one for each of the 3 layers"):
-            statistics.loss([1.0, 1.0])
 
 
 # The synthesis
@@ -232,17 +133,6 @@ def poisoned(model):
 def test_wrong_calls(call, text):
     with pytest.raises(ValueError, match=text):
         call(SmallCNN(4))
-
-
-def test_statistics_of_a_batch_are_those_of_the_op():
-    """The tap of a layer reports the batch_norm_stats of its input."""
-    model = nn.Sequential(nn.BatchNorm2d(3))
-    x = torch.randn(4, 3, 5, 5)
-    mean, var = batch_norm_stats(x)
-    with BatchNormStatistics(model) as statistics:
-        model(x)
-        expected = (mean - model[0].running_mean).norm() + (var - model[0].running_var).norm()
-        torch.testing.assert_close(statistics.loss(), expected)
 
 
 # Dtypes, and callers in other modes

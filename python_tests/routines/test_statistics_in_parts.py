@@ -1,0 +1,184 @@
+"""The statistics of a network that runs in parts: checkpoints, replicas, and training."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from networks import trained_like
+from stages import close, expected_of, images, plain
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from kdkernels.inversion import BatchNormStatistics
+
+# Activation checkpointing
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda stage, x: checkpoint(stage, x, use_reentrant=False),
+        lambda stage, x: checkpoint(stage, x, use_reentrant=True),
+        lambda stage, x: checkpoint_sequential(stage, 2, x, use_reentrant=False),
+        lambda stage, x: checkpoint_sequential(stage, 2, x, use_reentrant=True),
+        lambda stage, x: checkpoint(
+            lambda y: checkpoint(stage, y, use_reentrant=False), x, use_reentrant=False
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_checkpointed_stages(run, weight):
+    """Value and gradient are those without checkpointing, for two forwards before one backward."""
+    a, b = images(0), images(1)
+    losses = {}
+    for model in (plain(), plain(run)):
+        x, y = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+        with BatchNormStatistics(model) as statistics:
+            total = model(x).square().sum() + weight * statistics.loss()
+            total = total + model(y).square().sum() + 3 * statistics.loss()
+            total.backward()
+            assert len(statistics.losses()) == 3
+            losses.setdefault("total", []).append(total)
+            losses.setdefault("x", []).append(x.grad)
+            losses.setdefault("y", []).append(y.grad)
+            model(x)
+            losses.setdefault("next", []).append(statistics.loss())
+    for found in losses.values():
+        close(found[1], found[0])
+
+
+def test_a_whole_network_checkpointed():
+    for reentrant in (False, True):
+        model, x = plain(), images()
+        loss, grad = expected_of(model, x)
+        with BatchNormStatistics(model) as statistics:
+            with statistics.forward():
+                output = checkpoint(model, x, use_reentrant=reentrant)
+            found = statistics.loss()
+            close(found, loss)
+            (output.square().sum() + found).backward()
+        close(x.grad, grad)
+
+
+def test_a_layer_that_runs_twice_in_checkpoints():
+    class Twice(nn.Module):
+        def __init__(self, run):
+            super().__init__()
+            self.bn, self.run = nn.BatchNorm2d(2), run
+
+        def forward(self, x):
+            return self.run(self.bn, self.run(self.bn, x).sin())
+
+    grads = []
+    for run in (lambda m, x: m(x), *(lambda m, x, r=r: checkpoint(m, x, use_reentrant=r) for r in (False, True))):
+        torch.manual_seed(0)
+        model, x = trained_like(Twice(run)).double(), images()
+        with BatchNormStatistics(model) as statistics:
+            (model(x).square().sum() + statistics.loss()).backward()
+        grads.append(x.grad)
+    close(grads[1], grads[0])
+    close(grads[2], grads[0])
+
+
+def test_a_gradient_that_cannot_reach_a_checkpointed_network_is_not_lost_in_silence():
+    model, x = plain(lambda stage, x: checkpoint(stage, x, use_reentrant=True)), images()
+    statistics = BatchNormStatistics(model)
+    statistics.__enter__()
+    model(x)
+    statistics.loss().backward()
+    with pytest.raises(RuntimeError, match=r"gradient of the statistics of .* did not reach the network"):
+        model(x)
+    with pytest.raises(RuntimeError, match=r"gradient of the statistics of .* did not reach the network"):
+        statistics.__exit__(None, None, None)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_evaluation_without_gradients():
+    model, x = plain(), images()
+    loss, _ = expected_of(model, x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with BatchNormStatistics(model) as statistics, mode():
+            model(x)
+            close(statistics.loss(), loss.detach())
+            assert not statistics.loss().requires_grad
+
+
+# Parts of a batch
+
+
+class Parallel(nn.Module):
+    """What ``DataParallel`` does, on one device: copies of the module in threads, each on a part of the batch."""
+
+    def __init__(self, module, copies=3):
+        super().__init__()
+        self.module, self.copies = module, copies
+
+    def replica(self):
+        modules = {module: module._replicate_for_data_parallel() for module in self.module.modules()}
+        for module, copied in modules.items():
+            copied._former_parameters = {}
+            for name, child in module._modules.items():
+                copied._modules[name] = modules[child]
+            for name, parameter in module._parameters.items():
+                setattr(copied, name, parameter)
+            for name, buffer in module._buffers.items():
+                copied._buffers[name] = buffer
+        return modules[self.module]
+
+    def forward(self, x):
+        with ThreadPoolExecutor(self.copies) as threads:
+            outputs = [threads.submit(self.replica(), part) for part in x.tensor_split(self.copies)]
+            return torch.cat([output.result() for output in outputs])
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_replicas_are_merged(unbiased):
+    inner = plain()
+    model, x = Parallel(inner), images(count=7)
+    with BatchNormStatistics(inner, unbiased=unbiased) as statistics:
+        output = inner(x)
+        expected = statistics.loss()
+        (grad,) = torch.autograd.grad(output.square().sum() + expected, x)
+    with BatchNormStatistics(model, unbiased=unbiased) as statistics:
+        for _ in range(2):
+            output = model(x)
+            assert list(statistics.losses()) == [(f"module.stages.{i}.1", 0) for i in range(3)]
+            close(statistics.loss(), expected)
+            close(torch.autograd.grad(output.square().sum() + statistics.loss(), x)[0], grad)
+    with (
+        BatchNormStatistics(inner),
+        pytest.raises(RuntimeError, match="create BatchNormStatistics of the DataParallel"),
+    ):
+        model(x)
+
+
+# Trainable networks
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_trainable_network_is_left_as_it_is(training):
+    """Gradients reach the parameters; the running statistics are those from before each layer's forward."""
+    model, x = plain().train(training), images()
+    twin = copy.deepcopy(model)
+    before = [(m.running_mean.clone(), m.running_var.clone()) for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
+    taken = []
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda m, inputs: taken.append(inputs[0]))
+    output = twin(x)
+    losses = []
+    for z, (mean, var) in zip(taken, before, strict=True):
+        m, v = z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
+        losses.append((m - mean).norm() + (v - var).norm())
+    (output.square().sum() + sum(losses)).backward()
+    with BatchNormStatistics(model, freeze=False) as statistics:
+        output = model(x)
+        close(statistics.loss(), sum(losses))
+        (output.square().sum() + statistics.loss()).backward()
+        assert model.training is training
+        first = statistics.loss()
+        model(x)  # the running statistics have moved
+        assert torch.equal(first, statistics.loss()) is not training
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        close(a.grad, b.grad)
