@@ -117,9 +117,10 @@ class BatchNormStatistics:
             raise RuntimeError("this BatchNormStatistics is already active; create another one")
         self._reset()
         self._frozen.__enter__()
+        # Functions, because a copy of the network would copy this object with its methods.
         self._handles = [
-            self.model.register_forward_pre_hook(self._enter, prepend=True),
-            self.model.register_forward_hook(self._leave, always_call=True),
+            self.model.register_forward_pre_hook(lambda module, arguments: self._enter(module), prepend=True),
+            self.model.register_forward_hook(lambda module, arguments, output: self._leave(module), always_call=True),
         ]
         for index, module in enumerate(self._modules):
             if self.at == "input":
@@ -149,7 +150,7 @@ class BatchNormStatistics:
 
     # What happens in a forward
 
-    def _enter(self, module: nn.Module, arguments: Any) -> None:
+    def _enter(self, module: nn.Module) -> None:
         if in_backward():
             return
         if is_replica(module):
@@ -157,12 +158,14 @@ class BatchNormStatistics:
                 "the model runs as a replica of DataParallel, whose parts of a batch cannot be told from other "
                 "forwards; create BatchNormStatistics of the DataParallel module instead"
             )
+        if module is not self.model:
+            return
         if self._depth == 0:
             self._begin(known=True)
         self._depth += 1
 
-    def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if in_backward():
+    def _leave(self, module: nn.Module) -> None:
+        if in_backward() or module is not self.model:
             return
         self._depth -= 1
         if self._depth == 0:
@@ -215,6 +218,8 @@ class BatchNormStatistics:
 
     def _tapped(self, index: int, module: nn.Module, activation: Tensor) -> Tensor:
         """Record the statistics of an activation and return it, with their gradients joined to its own."""
+        if module is not self._modules[index] and not is_replica(module):
+            return activation  # of a copy that was made of the network, with its hooks
         channels = self._channels[index]
         if activation.dim() < 2 or activation.shape[1] != channels:
             raise ValueError(

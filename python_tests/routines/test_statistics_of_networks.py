@@ -133,6 +133,17 @@ def test_layers_with_modes_of_their_own_come_back_bit_for_bit(training):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_copy_of_the_network_is_another_network():
+    model, x = plain(), images()
+    with BatchNormStatistics(model) as statistics:
+        model(x)
+        expected = statistics.loss()
+        copy.deepcopy(model)(images(1))
+        assert torch.equal(statistics.loss(), expected)
+        torch.func.functional_call(model, dict(model.named_parameters()), (images(1),))
+        close(statistics.loss(), expected_of(model, images(1))[0])
+
+
 def test_model_is_restored():
     model = trained_like(Ranks())
     model.image.eval()
