@@ -1,5 +1,8 @@
 """Drop-in functions: the losses of knowledge distillation and data-free image synthesis, fused."""
 
+import inspect
+
+from kdkernels.ops import _tracing
 from kdkernels.ops.batch_norm_stats import (
     BatchNormStats,
     BatchNormTap,
@@ -30,6 +33,8 @@ __all__ = [
 ]
 
 for _name in __all__:
+    if inspect.isfunction(globals()[_name]):
+        globals()[_name] = _tracing.as_one_node(globals()[_name])
     globals()[_name].__module__ = __name__  # where users find it, whichever folder it lies in
 
 

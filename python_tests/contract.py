@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -19,6 +19,8 @@ from torch import Tensor
 
 if os.environ.get("KDKERNELS_TEST_TARGET") == "emulated":
     emulated.install(os.environ.get("KDKERNELS_TEST_VARIANT", "plain"))
+
+from transforms import UnderTransforms, leaves_of
 
 import kdkernels
 from kdkernels.ops._cases import DTYPES, Call, Case, cases_of, registry
@@ -83,7 +85,7 @@ def has_kernels(op: str) -> bool:
     return (ROOT / "csrc" / op / ("cpu.cpp" if TARGET == "cpu" else "cuda.cpp")).is_file()
 
 
-class OpContract(ABC):
+class OpContract(UnderTransforms):
     """Derive a test class from this, and define the op's name, samples, and formula in extended precision."""
 
     op: ClassVar[str]
@@ -162,7 +164,7 @@ class OpContract(ABC):
                 assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
 
     def test_second_backward_equals_the_first(self, call: Call):
-        leaves = _leaves(call)
+        leaves = leaves_of(call)
         outputs = tensors_of(call.function(*leaves))
         loss = sum(out.sum() for out in outputs if out.requires_grad)
         wanted = [leaves[i] for i in call.differentiable]
@@ -172,9 +174,9 @@ class OpContract(ABC):
             assert torch.equal(a, b)
 
     def test_no_grad_gives_the_same_value(self, call: Call):
-        with_grad = tensors_of(call.function(*_leaves(call)))
+        with_grad = tensors_of(call.function(*leaves_of(call)))
         with torch.no_grad():
-            without = tensors_of(call.function(*_leaves(call)))
+            without = tensors_of(call.function(*leaves_of(call)))
         for a, b in zip(with_grad, without, strict=True):
             torch.testing.assert_close(a.detach(), b, rtol=0, atol=0)
             assert b.grad_fn is None
@@ -182,7 +184,7 @@ class OpContract(ABC):
     @pytest.mark.parametrize("grad", ["zero", "one", "expanded"])
     def test_incoming_gradients(self, call: Call, grad: str):
         """Incoming gradients of 0 and 1, and an expanded one that must not be written to."""
-        leaves = _leaves(call)
+        leaves = leaves_of(call)
         outputs = [out for out in tensors_of(call.function(*leaves)) if out.requires_grad]
         value = {"zero": 0.0, "one": 1.0, "expanded": 0.5}[grad]
         incoming = [out.new_full((), value).expand(out.shape) for out in outputs]
@@ -194,27 +196,17 @@ class OpContract(ABC):
             if grad == "zero":
                 assert torch.equal(a, torch.zeros_like(a))
 
-    def test_gradients_under_torch_func(self, call: Call):
-        def loss(*inputs: Tensor) -> Tensor:
-            return sum(out.sin().sum() for out in tensors_of(call.function(*inputs)) if out.is_floating_point())
-
-        leaves = _leaves(call)
-        expected = torch.autograd.grad(loss(*leaves), [leaves[i] for i in call.differentiable])
-        found = torch.func.grad(loss, call.differentiable)(*call.inputs)
-        for a, b in zip(expected, found, strict=True):
-            torch.testing.assert_close(a, b)
-
     def test_gradcheck(self, call: Call):
-        assert torch.autograd.gradcheck(call.function, _leaves(call))
+        assert torch.autograd.gradcheck(call.function, leaves_of(call))
 
     def test_gradgradcheck(self, call: Call):
-        assert torch.autograd.gradgradcheck(call.function, _leaves(call))
+        assert torch.autograd.gradgradcheck(call.function, leaves_of(call))
 
     @pytest.mark.parametrize("in_thread", [False, True])
     def test_backward_uses_the_backend_of_the_forward(self, call: Call, in_thread: bool):
         """Regardless of the backend set at that time, and of the thread in which autograd runs."""
         with kdkernels.set_backend("reference"):
-            leaves = _leaves(call)
+            leaves = leaves_of(call)
             outputs = [out for out in tensors_of(call.function(*leaves)) if out.requires_grad]
         used: list[str] = []
 
@@ -305,10 +297,3 @@ class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.used.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-def _leaves(call: Call) -> list[Tensor]:
-    return [
-        tensor.detach().clone().requires_grad_(i in call.differentiable) if tensor.is_floating_point() else tensor
-        for i, tensor in enumerate(call.inputs)
-    ]

@@ -1,9 +1,16 @@
-"""Second derivatives through the reference: a backward op is differentiated in its PyTorch form."""
+"""What autograd formulas share: tensors that may be saved, and second derivatives through the reference."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy that autograd may save if it was made under ``torch.inference_mode``."""
+    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone()
 
 
 def pull_back(

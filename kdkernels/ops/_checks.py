@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _registry
+from kdkernels.ops import _tracing
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,7 +81,7 @@ def check_scalar(
 def _readable(scalar: Tensor) -> bool:
     """Tell whether Python may read the value of a tensor: on the CPU, neither traced nor transformed."""
     plain = type(scalar) is Tensor or type(scalar) is torch.nn.Parameter
-    traced = torch.compiler.is_compiling() or _registry.is_transformed()
+    traced = _tracing.is_recorded() or _tracing.is_transformed()
     return plain and scalar.device.type == "cpu" and not traced
 
 

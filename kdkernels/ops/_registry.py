@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _loader
+from kdkernels.ops import _loader, _tracing
 
 Backend = Literal["auto", "native", "triton", "reference"]
 BACKENDS = ("native", "triton", "reference")
@@ -38,9 +38,13 @@ class Op:
         """Compute with a backend.
 
         In eager mode an autograd function calls the overload, which costs half as much as a registered formula and
-        works under ``torch.func``.
+        works under ``torch.func``. A graph that is compiled or traced records the overload itself.
         """
-        if self.functions and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.functions and (_tracing.is_transformed() or _tracing.in_forward_mode()):
+            if torch.compiler.is_dynamo_compiling():
+                _allow_in_graph()
+            return _apply_function(self.name, backend, *arguments)
+        if self.functions and torch.is_grad_enabled() and not _tracing.is_recorded():
             return self.functions[backend].apply(*arguments)
         return self.overloads[backend](*arguments)
 
@@ -85,9 +89,20 @@ def returns(cls: type[tuple[Tensor, ...]]) -> type[tuple[Tensor, ...]]:
     return cls
 
 
-def is_transformed() -> bool:
-    """Tell whether a ``torch.func`` transform is active."""
-    return torch._C._are_functorch_transforms_active()
+def _apply_function(name: str, backend: str, *arguments: Any) -> Any:
+    return _ops[name].functions[backend].apply(*arguments)
+
+
+def _allow_in_graph() -> None:
+    """Let a compiled transform call the autograd function as it is.
+
+    Dynamo would look into it, take the transformed tensors for constants, and drop the backward without a word.
+    """
+    torch.compiler.allow_in_graph(_apply_function)
+
+
+# Run while Dynamo traces, as torch.compiler.assume_constant_result would have it; see _loader.why_not_device.
+_allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Function(torch.autograd.Function):
@@ -95,13 +110,18 @@ class _Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
-        if is_transformed():
+        if _tracing.is_transformed():
             return super().apply(*arguments)  # type: ignore[no-untyped-call]
         # torch's own apply inspects the signature of forward first, which takes as long as a small kernel.
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
-def _function(overload: Any, setup: Callable[..., None], formula: Callable[..., Any]) -> type[_Function]:
+def _function(
+    overload: Any,
+    setup: Callable[..., None],
+    formula: Callable[..., Any],
+    forward_formula: Callable[..., Any] | None,
+) -> type[_Function]:
     class Function(_Function):
         generate_vmap_rule = True
 
@@ -116,6 +136,15 @@ def _function(overload: Any, setup: Callable[..., None], formula: Callable[..., 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
             return formula(ctx, *cotangents)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            if forward_formula is None:
+                raise NotImplementedError(
+                    f"kdkernels::{overload._opname} has no forward-mode derivative (jvp, jacfwd, hessian, dual tensors)"
+                    "; use reverse mode instead: vjp, jacrev, jacrev(jacrev(f)), torch.autograd.grad"
+                )
+            return forward_formula(ctx, *tangents)
 
     Function.__name__ = Function.__qualname__ = f"{overload._opname}_{overload._overloadname}"
     return Function
@@ -141,6 +170,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    jvp: Callable[..., Any] | None = None,
 ) -> Op:
     """Define an op for every backend.
 
@@ -151,6 +181,7 @@ def define(
         fake: Shapes and dtypes of the results, from fake tensors; it checks the shapes of the arguments.
         setup_context: Function that saves what the backward needs; ``ctx.backend`` is set before it is called.
         backward: Autograd formula; ``ctx.backend`` is the backend of the forward.
+        jvp: Forward-mode formula, from the context and the tangents of all arguments. Without it, forward mode raises.
 
     """
     for backend in BACKENDS:
@@ -162,7 +193,7 @@ def define(
         if backward is not None:
             setup = _with_backend(backend, setup_context)
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
-            op.functions[backend] = _function(op.overloads[backend], setup, backward)
+            op.functions[backend] = _function(op.overloads[backend], setup, backward, jvp)
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     package = reference.__module__.rpartition(".")[0]
     for key in _loader.triton_keys() if importlib.util.find_spec(f"{package}.triton") else ():

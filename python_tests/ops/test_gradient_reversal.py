@@ -11,13 +11,14 @@ from contract import OpContract
 from kdkernels import nn
 from kdkernels.functional import gradient_reversal, gradient_reversal_linear
 from kdkernels.ops._cases import layouts
-from kdkernels.testing.selftest import results_of
+from kdkernels.ops.gradient_reversal import _BACKWARD
 
 F64 = torch.float64
 
 
 class TestGradientReversal(OpContract):
     op = "gradient_reversal"
+    forward_mode = True
 
     @classmethod
     def op_samples(cls):
@@ -102,28 +103,58 @@ def test_schedule_may_advance_before_the_backward():
     assert torch.equal(x.grad, -torch.ones(3))
 
 
-def test_exported_module_trains_with_the_reversed_sign():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features = torch.nn.Linear(4, 3)
-            self.reversal = nn.GradientReversal(0.5)
-            self.domain = nn.GradientReversalLinear(3, 2, lambd=2.0)
+COMPILED = {
+    "grad": lambda f: torch.func.grad(lambda x: f(x).square().sum()),
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x)[1](2 * x)[0],
+    "jacrev": lambda f: lambda x: torch.func.jacrev(f)(x).diagonal() * 2 * x,
+    "vmap of grad": lambda f: lambda x: torch.func.vmap(torch.func.grad(lambda x: f(x).square().sum()))(x[None])[0],
+    "vmap": lambda f: lambda x: torch.func.grad(lambda x: torch.func.vmap(f)(x[None]).square().sum())(x),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (2 * x,))[1],
+    "jacfwd": lambda f: lambda x: torch.func.jacfwd(f)(x).diagonal() * 2 * x,
+}
 
-        def forward(self, x):
-            features = self.features(x)
-            return self.reversal(features), self.domain(features)
 
-    model = Model()
-    x = torch.randn(5, 4)
-    exported = torch.export.export(model, (x,)).module()
-    for function in (model, exported):
-        function.zero_grad(set_to_none=True)
-        a, b = function(x)
-        (a.sum() + (b**2).sum()).backward()
-    expected = dict(model.named_parameters())
-    for name, parameter in exported.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad)
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("transform", COMPILED)
+def test_transforms_reverse(transform, backend):
+    """Each computes the derivative of x^2, which is 2 x, reversed."""
+    torch._dynamo.reset()
+    x = torch.randn(3, dtype=F64)
+    for reverse in (
+        lambda x: gradient_reversal(x, 0.5),
+        lambda x: gradient_reversal_linear(x, torch.eye(3, dtype=F64), None, 0.5),
+    ):
+        function = COMPILED[transform](reverse)
+        if backend is not None:
+            function = torch.compile(function, backend=backend, fullgraph=True)
+        torch.testing.assert_close(function(x), -0.5 * 2 * x)
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_second_derivatives_reverse_twice(backend):
+    """The Hessian of sum x^2 / 2 is the identity; reversed twice it is lambd^2 times that, in either mode."""
+    torch._dynamo.reset()
+    x = torch.randn(3, dtype=F64)
+
+    def f(x):
+        return gradient_reversal(x, 0.5).square().sum() / 2
+
+    for twice in (
+        torch.func.hessian(f),
+        torch.func.jacrev(torch.func.jacrev(f)),
+        torch.func.jacfwd(torch.func.grad(f)),
+    ):
+        function = twice if backend is None else torch.compile(twice, backend=backend, fullgraph=True)
+        torch.testing.assert_close(function(x), 0.25 * torch.eye(3, dtype=F64))
+
+
+def test_tangents_of_the_backward():
+    """-lambd * dy along (t, 2) is -lambd * t - 2 dy."""
+    dy, tangent, lambd = torch.randn(3, dtype=F64), torch.randn(3, dtype=F64), torch.tensor(0.5, dtype=F64)
+    backward = partial(_BACKWARD.run, "reference")
+    found = torch.func.jvp(backward, (dy, lambd), (tangent, torch.full_like(lambd, 2.0)))[1]
+    torch.testing.assert_close(found, -0.5 * tangent - 2 * dy)
+    torch.testing.assert_close(torch.func.jvp(partial(backward, dy), (lambd,), (torch.ones_like(lambd),))[1], -dy)
 
 
 def test_new_coefficients_do_not_compile_again():
@@ -166,24 +197,3 @@ def test_expanded_and_odd_gradients():
 def test_wrong_calls(call, error, text):
     with pytest.raises(error, match=text):
         call(torch.randn(4, 3))
-
-
-def test_modules():
-    x = torch.randn(4, 3)
-    module = nn.GradientReversal(0.25)
-    assert torch.equal(results_of(module, (x,), (0,))[0], x)
-    assert repr(module) == "GradientReversal(backward: -0.25 * grad)"
-    assert module.state_dict()["lambd"].item() == 0.25
-    layer = nn.GradientReversalLinear(3, 2, lambd=0.5)
-    assert "backward: -0.5 * grad" in repr(layer)
-
-
-def test_warm_start_follows_the_published_schedule():
-    module = nn.WarmStartGradientReversal(gamma=10.0, hi=2.0, max_iters=4)
-    for i in range(7):
-        expected = 2.0 * (2 / (1 + math.exp(-10 * min(i / 4, 1.0))) - 1)
-        assert module.lambd.item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
-        module.step()
-    restored = nn.WarmStartGradientReversal(gamma=10.0, hi=2.0, max_iters=4)
-    restored.load_state_dict(module.state_dict())
-    assert torch.equal(restored.lambd, module.lambd)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import kdkernels
 from kdkernels import nn
-from kdkernels.functional import image_prior_losses, total_variation
 from kdkernels.ops._cases import layouts
+from kdkernels.ops.total_variation import image_prior_losses, total_variation
 from kdkernels.ops.total_variation.cases import NORMS, REDUCTIONS
 from kdkernels.testing.selftest import error_in_ulp, results_of
 

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import pickle
 import pydoc
 import subprocess
 import sys
@@ -50,6 +51,17 @@ def test_dir_shows_what_users_use(module):
 def test_help_says_where_a_function_is():
     for function in FUNCTIONS:
         assert pydoc.render_doc(function).splitlines()[0].endswith("in module kdkernels.functional")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_symbolic_tracing_records_one_node(function):
+    graph = torch.fx.Graph()
+    first, *_ = inspect.signature(function).parameters
+    first_call, by_name = (torch.fx.Proxy(graph.placeholder(name)) for name in ("x", "y"))
+    for node in (function(first_call), function(**{first: by_name})):
+        assert node.node.op == "call_function"
+        assert node.node.target is function
+    assert pickle.loads(pickle.dumps(function)) is function
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _checks, _registry
+from kdkernels.ops import _autograd, _checks, _registry
 from kdkernels.ops._types import Mode, Moment
 from kdkernels.ops.batch_norm_stats import reference
 from kdkernels.ops.batch_norm_stats.statistics import batch_norm_stats, check_input
@@ -124,8 +124,8 @@ def batch_norm_stat_distances(
     """
     statistics = {"mean": mean, "var": var, "running_mean": running_mean, "running_var": running_var}
     _check_statistics(sum(channels), mode, moment, **statistics)
-    running = (running_mean.to(mean.dtype), running_var.to(mean.dtype))
-    losses: Tensor = _DISTANCES.run_on(mean.device, mean, var, *running, channels, mode, moment)
+    given = (_autograd.savable(tensor.to(mean.dtype)) for tensor in statistics.values())
+    losses: Tensor = _DISTANCES.run_on(mean.device, *given, channels, mode, moment)
     return losses
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _autograd, _checks, _registry
+from kdkernels.ops import _autograd, _checks, _registry, _tracing
 from kdkernels.ops._numerics import compute_dtype
 from kdkernels.ops.batch_norm_stats import reference
 
@@ -145,8 +145,6 @@ def batch_norm_stats(input: Tensor, *, unbiased: bool = False) -> BatchNormStats
 class _Tap(torch.autograd.Function):
     """Returns the activation and its statistics; the backward adds all their gradients in one pass."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(input: Tensor, unbiased: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var, mean_error = _STATS.run(backend, input, unbiased)
@@ -194,6 +192,8 @@ def batch_norm_tap(input: Tensor, *, unbiased: bool = False) -> BatchNormTap:
 
     """
     check_input(input, unbiased)
+    if _tracing.needs_registered_ops():
+        return BatchNormTap(input.view_as(input), *batch_norm_stats(input, unbiased=unbiased))
     backend = _STATS.choose(input.device)
     output, mean, var, _ = _tap(input, unbiased, backend)
     return BatchNormTap(output, mean, var)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.ops import _checks, _registry
+from kdkernels.ops import _autograd, _checks, _registry, _tracing
 from kdkernels.ops.gradient_reversal import reference
 
 
@@ -18,6 +18,16 @@ def _backward_fake(grad_output: Tensor, lambd: Tensor) -> Tensor:
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
+
+
+def _backward_jvp(ctx: Any, tangent: Tensor | None, lambd_tangent: Tensor | None) -> Tensor | None:
+    grad_output, lambd = ctx.saved_tensors
+    result = None if tangent is None else _BACKWARD.run(ctx.backend, tangent, lambd)
+    if lambd_tangent is None:
+        return result
+    by_lambd: Tensor = _BACKWARD.run(ctx.backend, grad_output, lambd_tangent)
+    return by_lambd if result is None else result + by_lambd
 
 
 def _backward_backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -35,12 +45,18 @@ def _copy_fake(input: Tensor, lambd: Tensor) -> Tensor:
 
 def _copy_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
+    ctx.save_for_forward(inputs[1])
 
 
 def _copy_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
     if grad is None:
         return None, None
     return _BACKWARD.run(ctx.backend, grad, *ctx.saved_tensors), None
+
+
+def _copy_jvp(ctx: Any, tangent: Tensor | None, _lambd: None) -> Tensor | None:
+    """Reverse the tangent too, so that both modes agree about the derivative."""
+    return None if tangent is None else _BACKWARD.run(ctx.backend, tangent, *ctx.saved_tensors)
 
 
 # Passes over the features in memory, forward and backward: none and R W; none if a matrix product takes the factor.
@@ -53,8 +69,9 @@ _BACKWARD = _registry.define(
     fake=_backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_backward,
+    jvp=_backward_jvp,
 )
-# For torch.export, where a view inside an autograd.Function would silently lose its sign.
+# Where a view inside an autograd.Function would silently lose its sign: torch.export, and the transforms of torch.func.
 _COPY = _registry.define(
     "gradient_reversal_copy",
     "(Tensor input, Tensor lambd) -> Tensor",
@@ -62,12 +79,11 @@ _COPY = _registry.define(
     fake=_copy_fake,
     setup_context=_copy_setup_context,
     backward=_copy_backward,
+    jvp=_copy_jvp,
 )
 
 
 class _GradientReversal(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(input: Tensor, lambd: Tensor, backend: str) -> Tensor:
         return input.view_as(input)
@@ -83,8 +99,6 @@ class _GradientReversal(torch.autograd.Function):
 
 
 class _GradientReversalLinear(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, lambd: Tensor) -> Tensor:
         return F.linear(input, weight, bias)
@@ -120,6 +134,18 @@ def _coefficient(lambd: float | Tensor, input: Tensor) -> Tensor:
     return lambd.detach().clone() if isinstance(lambd, Tensor) else _checks.scalar_tensor(lambd, input)
 
 
+def _recorded(input: Tensor, lambd: Tensor) -> Tensor:
+    """Reverse where calls are recorded or transformed."""
+    if _tracing.is_jit_traced() and not torch.onnx.is_in_onnx_export():
+        # TorchScript saves no autograd functions, and its check of a trace runs without gradients.
+        constant = input.detach()
+        return (constant - lambd * (input - constant)).to(input.dtype)
+    without_gradients = torch.compiler.is_exporting() and not torch.is_grad_enabled()
+    if torch.onnx.is_in_onnx_export() or without_gradients:
+        return input.view_as(input)
+    return _COPY.run_on(input.device, input, lambd)  # type: ignore[no-any-return]
+
+
 def gradient_reversal(input: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
     r"""Return the input and reverse its gradient: :math:`y = x`, :math:`dx = -\lambda\,dy`.
 
@@ -147,8 +173,8 @@ def gradient_reversal(input: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
     """
     _checks.check_floating("input", input)
     coefficient = _coefficient(lambd, input)
-    if torch.compiler.is_exporting():
-        return _COPY.run_on(input.device, input, coefficient)  # type: ignore[no-any-return]
+    if _tracing.needs_registered_ops():
+        return _recorded(input, coefficient)
     backend = _BACKWARD.choose(input.device)
     result: Tensor = _reverse(input, coefficient, backend)
     return result
@@ -187,7 +213,8 @@ def gradient_reversal_linear(
             f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; expected [..., in_features] and "
             "[out_features, in_features]"
         )
-    if torch.compiler.is_exporting():
+    input, weight = _autograd.savable(input), _autograd.savable(weight)
+    if _tracing.needs_registered_ops():
         return F.linear(gradient_reversal(input, lambd), weight, bias)
     result: Tensor = _reverse_linear(input, weight, bias, _coefficient(lambd, input))
     return result

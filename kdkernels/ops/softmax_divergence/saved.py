@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _loader, _registry
+from kdkernels.ops import _loader, _tracing
 from kdkernels.ops._numerics import compute_dtype
 
 Save = Literal["nothing", "gradient", "statistics"]
@@ -32,14 +32,17 @@ def what_to_save(backend: str, input: Tensor, target: Tensor) -> Save:
 
     No gradient is saved in 16 bits: rounded before the gradient of a loss scaler multiplies it, it would underflow. Nor
     is one saved during export, where the size would become a condition on dynamic shapes, or under ``torch.func``.
+    What ``torch.jit`` traces saves nothing: its check of a trace runs without gradients and compares the graphs.
     """
+    if _tracing.is_jit_traced():
+        return "nothing"
     if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
         return "nothing"
     if _on_gpu(backend, input.device):
         return "statistics"
     keeps_gradient = (
         not torch.compiler.is_exporting()
-        and not _registry.is_transformed()
+        and not _tracing.is_transformed()
         and not target.requires_grad
         and input.device.type == "cpu"
         and input.dtype == compute_dtype(input, target)
