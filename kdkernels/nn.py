@@ -4,9 +4,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Module
 
 from kdkernels import functional
+from kdkernels._coefficients import Coefficients, shown
+from kdkernels._gradient_reversal import GradientReversal, GradientReversalLinear, WarmStartGradientReversal
 from kdkernels.ops import total_variation as _total_variation
 from kdkernels.ops._types import Mode, Moment, Reduction
 from kdkernels.ops.softmax_divergence import Divergence
@@ -24,8 +26,13 @@ __all__ = [
 ]
 
 
-class KLDivWithLogitsLoss(Module):
-    """Module of :func:`kdkernels.functional.kl_div_with_logits`; call it with student and teacher logits."""
+class KLDivWithLogitsLoss(Coefficients):
+    """Module of :func:`kdkernels.functional.kl_div_with_logits`; call it with student and teacher logits.
+
+    A temperature that is a tensor moves with the module; a ``torch.nn.Parameter`` is also trained with it.
+    """
+
+    temperature: float | Tensor
 
     def __init__(
         self,
@@ -36,7 +43,7 @@ class KLDivWithLogitsLoss(Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.set_coefficient("temperature", temperature)
         self.dim = dim
         self.reverse = reverse
         self.reduction: Reduction = reduction
@@ -50,11 +57,17 @@ class KLDivWithLogitsLoss(Module):
     def extra_repr(self) -> str:
         """Show which divergence it is."""
         direction = "KL(student || teacher)" if self.reverse else "KL(teacher || student)"
-        return f"{direction}, temperature={self.temperature}{_dim(self.dim)}, reduction={self.reduction!r}"
+        return f"{direction}, temperature={shown(self.temperature)}{_dim(self.dim)}, reduction={self.reduction!r}"
 
 
-class JSDivWithLogitsLoss(Module):
-    """Module of :func:`kdkernels.functional.js_div_with_logits`; call it with student and teacher logits."""
+class JSDivWithLogitsLoss(Coefficients):
+    """Module of :func:`kdkernels.functional.js_div_with_logits`; call it with student and teacher logits.
+
+    Coefficients that are tensors move with the module.
+    """
+
+    beta: float | Tensor
+    temperature: float | Tensor
 
     def __init__(
         self,
@@ -66,8 +79,8 @@ class JSDivWithLogitsLoss(Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        self.beta = beta
-        self.temperature = temperature
+        self.set_coefficient("beta", beta)
+        self.set_coefficient("temperature", temperature)
         self.dim = dim
         self.legacy_clamp = legacy_clamp
         self.reduction: Reduction = reduction
@@ -86,16 +99,21 @@ class JSDivWithLogitsLoss(Module):
 
     def extra_repr(self) -> str:
         """Show which divergence it is."""
-        form = "clamped, reversed J" if self.legacy_clamp else f"JS, beta={self.beta}"
-        return f"{form}, temperature={self.temperature}{_dim(self.dim)}, reduction={self.reduction!r}"
+        form = "clamped, reversed J" if self.legacy_clamp else f"JS, beta={shown(self.beta)}"
+        return f"{form}, temperature={shown(self.temperature)}{_dim(self.dim)}, reduction={self.reduction!r}"
 
 
-class DistillationLoss(Module):
+class DistillationLoss(Coefficients):
     """Module of :func:`kdkernels.functional.distillation_loss`.
 
     Call it with student logits, teacher logits and, for the cross-entropy term, labels. The default weights are those
-    of the function: 0.9 and 0.1 with labels, 1 and 0 without.
+    of the function: 0.9 and 0.1 with labels, 1 and 0 without. Coefficients that are tensors move with the module.
     """
+
+    temperature: float | Tensor
+    kd_weight: float | Tensor | None
+    ce_weight: float | Tensor | None
+    beta: float | Tensor
 
     def __init__(
         self,
@@ -110,11 +128,11 @@ class DistillationLoss(Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.kd_weight = kd_weight
-        self.ce_weight = ce_weight
+        self.set_coefficient("temperature", temperature)
+        self.set_coefficient("kd_weight", kd_weight)
+        self.set_coefficient("ce_weight", ce_weight)
         self.divergence: Divergence = divergence
-        self.beta = beta
+        self.set_coefficient("beta", beta)
         self.dim = dim
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
@@ -140,14 +158,14 @@ class DistillationLoss(Module):
         name = {
             "forward_kl": "KL(teacher || student)",
             "reverse_kl": "KL(student || teacher)",
-            "js": f"JS(beta={self.beta})",
+            "js": f"JS(beta={shown(self.beta)})",
         }[self.divergence]
-        kd, ce = self.kd_weight, self.ce_weight
+        kd, ce = shown(self.kd_weight), shown(self.ce_weight)
         weights = "kd_weight=0.9, ce_weight=0.1 (1 and 0 without labels)"
         if kd is not None or ce is not None:
             weights = f"kd_weight={kd}, ce_weight={ce}"
         return (
-            f"kd_weight * T^2 * {name} + ce_weight * CE, T={self.temperature}, {weights}{_dim(self.dim)}, "
+            f"kd_weight * T^2 * {name} + ce_weight * CE, T={shown(self.temperature)}, {weights}{_dim(self.dim)}, "
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
         )
 
@@ -230,7 +248,8 @@ class ImagePriorLoss(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the weighted image priors; a term of weight 0 is left out."""
-        terms = zip((self.tv_l1, self.tv_l2, self.l2), functional.image_prior_losses(input), strict=True)
+        tv_l1, tv_l2, l2 = functional.image_prior_losses(input)
+        terms = ((self.tv_l1, tv_l1), (self.tv_l2, tv_l2), (self.l2, l2))
         weighted = [weight * term for weight, term in terms if weight != 0]
         return torch.stack(weighted).sum() if weighted else input.sum() * 0.0
 
@@ -239,84 +258,8 @@ class ImagePriorLoss(Module):
         return f"{self.tv_l1} * TV_l1 + {self.tv_l2} * TV_l2 + {self.l2} * L2"
 
 
-class GradientReversal(Module):
-    """Module of :func:`kdkernels.functional.gradient_reversal`; the coefficient is a buffer, kept in checkpoints."""
-
-    lambd: Tensor
-
-    def __init__(self, lambd: float = 1.0) -> None:
-        super().__init__()
-        self.register_buffer("lambd", torch.tensor(float(lambd)))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the input; its gradient will be reversed."""
-        return functional.gradient_reversal(input, self.lambd)
-
-    def extra_repr(self) -> str:
-        """Show what the gradient is multiplied by."""
-        return f"backward: -{float(self.lambd):g} * grad"
-
-
-class WarmStartGradientReversal(Module):
-    r"""Gradient reversal whose coefficient grows with training.
-
-    .. math:: \lambda_i = lo + (hi - lo)\left(\frac{2}{1 + e^{-\gamma p}} - 1\right), \qquad p = \min(i / N, 1)
-
-    after i calls of :meth:`step` out of N = ``max_iters``; the counter is a buffer, kept in checkpoints. Source: Ganin
-    et al., arXiv 1505.07818, which has gamma = 10.
-    """
-
-    iteration: Tensor
-
-    def __init__(self, *, gamma: float = 10.0, lo: float = 0.0, hi: float = 1.0, max_iters: int = 1000) -> None:
-        super().__init__()
-        if max_iters < 1:
-            raise ValueError(f"max_iters is {max_iters}; expected a positive number of steps")
-        self.gamma = gamma
-        self.lo = lo
-        self.hi = hi
-        self.max_iters = max_iters
-        self.register_buffer("iteration", torch.zeros(()))
-
-    @property
-    def lambd(self) -> Tensor:
-        """The coefficient at this point of training, a 0-dim tensor."""
-        progress = (self.iteration / self.max_iters).clamp(max=1.0)
-        return self.lo + (self.hi - self.lo) * torch.tanh(self.gamma / 2 * progress)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the input; its gradient will be reversed."""
-        return functional.gradient_reversal(input, self.lambd)
-
-    def step(self) -> None:
-        """Advance by one training step."""
-        self.iteration += 1
-
-    def extra_repr(self) -> str:
-        """Show how the coefficient grows."""
-        return f"lambda from {self.lo} to {self.hi}, gamma={self.gamma}, max_iters={self.max_iters}"
-
-
-class GradientReversalLinear(Linear):
-    """A linear layer with a reversed gradient, the reversal folded into the backward's matrix product.
-
-    Takes the arguments of :class:`torch.nn.Linear`, and the coefficient, which is a buffer. See
-    :func:`kdkernels.functional.gradient_reversal_linear`.
-    """
-
-    lambd: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, lambd: float = 1.0) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.register_buffer("lambd", torch.tensor(float(lambd)))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the layer's output; the gradient of the input will be reversed."""
-        return functional.gradient_reversal_linear(input, self.weight, self.bias, self.lambd)
-
-    def extra_repr(self) -> str:
-        """Show what the gradient is multiplied by."""
-        return f"{super().extra_repr()}, backward: -{float(self.lambd):g} * grad"
+for _name in __all__:
+    globals()[_name].__module__ = __name__  # where users find it
 
 
 def __dir__() -> list[str]:

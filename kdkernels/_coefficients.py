@@ -1,0 +1,43 @@
+"""Modules with coefficients: scalars that belong to a formula and are no weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+
+def coefficient_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of coefficients on a device: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def shown(value: object) -> object:
+    """Return a coefficient as ``repr`` shows it."""
+    if not isinstance(value, Tensor):
+        return value
+    return "?" if value.is_meta else f"{value.item():g}"
+
+
+class Coefficients(Module):
+    """A module whose coefficients move with it but keep their value: ``.half()`` and the like are for weights."""
+
+    def set_coefficient(self, name: str, value: object) -> None:
+        """Set an argument; a tensor becomes a buffer, outside checkpoints as numbers are."""
+        if isinstance(value, Tensor) and not isinstance(value, Parameter):
+            self.register_buffer(name, value, persistent=False)
+        else:
+            setattr(self, name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        self._buffers.update({name: buffer.to(torch.float32) for name, buffer in exact.items()})
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            dtype = coefficient_dtype(moved.device) if buffer.dtype == torch.float64 else buffer.dtype
+            # Memory that replaces a tensor without values is filled by reset_parameters or a checkpoint.
+            self._buffers[name] = moved.to(dtype) if buffer.is_meta else buffer.to(moved.device, dtype)
+        return self
