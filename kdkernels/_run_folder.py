@@ -22,7 +22,11 @@ from kdkernels.checkpoints import fingerprint
 
 @contextmanager
 def run_folder(
-    path: str | os.PathLike[str], settings: dict[str, Any], *, may_grow: Collection[str] = ()
+    path: str | os.PathLike[str],
+    settings: dict[str, Any],
+    *,
+    device: torch.device,
+    may_grow: Collection[str] = (),
 ) -> Iterator[Path]:
     """Hold the folder of a run: made if needed, locked, and with the files of this run and no other.
 
@@ -31,6 +35,7 @@ def run_folder(
     Args:
         path: Folder.
         settings: All that decides the result: nested dictionaries of JSON values.
+        device: Device of the run. As with the number of threads and the version of torch, a change is warned of.
         may_grow: Names of numbers that a later run may have larger, such as ``"config.rounds"``.
 
     Raises:
@@ -40,7 +45,13 @@ def run_folder(
 
     """
     with locked_folder(path) as folder:
-        _claim(folder, json.loads(json.dumps(settings)), may_grow)
+        notes = {
+            "kdkernels": __version__,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        }
+        _claim(folder, json.loads(json.dumps(settings)), notes, may_grow)
         yield folder
 
 
@@ -92,9 +103,8 @@ def _lock(lock: TextIO, folder: Path) -> None:
     lock.flush()
 
 
-def _claim(folder: Path, settings: dict[str, Any], may_grow: Collection[str]) -> None:
+def _claim(folder: Path, settings: dict[str, Any], notes: dict[str, Any], may_grow: Collection[str]) -> None:
     path = folder / "settings.json"
-    notes = {"kdkernels": __version__, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
     if path.is_file():
         recorded = read_json(path, f"remove {folder} to start again, or choose another folder")
         if not isinstance(recorded, dict) or recorded.keys() != {"settings", "notes"}:

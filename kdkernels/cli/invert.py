@@ -5,6 +5,7 @@ from dataclasses import asdict
 from math import prod
 
 from kdkernels._files import require_safetensors, write_json
+from kdkernels._networks import placement
 from kdkernels._run_folder import describe, require_space, run_folder
 from kdkernels.cli._options import Commands, add_inversion, add_model, inversion_config, positive, trained_model
 from kdkernels.cli._pictures import report_missing_packages, save_curves, save_grid
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         "classes": classes,
         "inversion": {name: value for name, value in asdict(config).items() if name != "source"},
     }
-    with run_folder(options.output, settings) as folder:
+    with run_folder(options.output, settings, device=placement(inverter.teacher)[0]) as folder:
         pool = ImagePool(folder)
         missing = [index for index in range(options.batches) if index not in pool]
         require_space(folder, len(missing) * config.batch_size * prod(shape) * 4)

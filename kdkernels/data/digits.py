@@ -39,7 +39,7 @@ def load_digits() -> Digits:
         from sklearn import datasets
     except ImportError as error:
         raise ImportError(
-            'the digits come with scikit-learn, which is not installed; run `pip install "kdkernels[demo]"`'
+            "the digits come with scikit-learn, which is not installed; run `pip install scikit-learn`"
         ) from error
     bunch = datasets.load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))

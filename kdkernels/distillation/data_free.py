@@ -128,7 +128,7 @@ def data_free_distill(
         "config": asdict(config),
     }
     may_grow = {"config.rounds"} if config.rounds > 1 else {"config.epochs"}
-    with run_folder(folder, settings, may_grow=may_grow) as opened:
+    with run_folder(folder, settings, device=placement(student)[0], may_grow=may_grow) as opened:
         images = prod(image_shape) * 4 * inversion.batch_size * config.batches * config.rounds
         require_space(opened, images + (1 + 4 * config.rounds) * len(dry_run))
         return loop.run(opened)
@@ -229,7 +229,9 @@ def _check(inverter: DeepInversion, student: nn.Module, num_classes: int, config
     check_finite(student, "student")
     found = count_classes(student, inverter.image_shape, "student")
     if found != num_classes:
-        raise ValueError(f"the student returns {found} classes, but the teacher returns {num_classes}")
+        raise ValueError(
+            f"the student returns {found} classes, but the teacher returns {num_classes}; build a student with as many"
+        )
     counts = [config.batches * inverter.config.batch_size * (number + 1) for number in range(config.rounds)]
     sizes = {size for count in counts for size in (min(count, config.batch_size), count % config.batch_size) if size}
     image = torch.randn(1, *inverter.image_shape, generator=torch.Generator().manual_seed(0))
