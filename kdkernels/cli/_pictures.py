@@ -4,15 +4,15 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels._files import atomic_file
 
 PACKAGES = {"PIL": "pillow", "matplotlib": "matplotlib"}
-MOST, COLUMNS = 256, 16
+ROWS, COLUMNS = 16, 16
 SMALLEST = 48  # screen pixels of an image's shorter side, if it is enlarged
 CAPTION = 12  # screen pixels
 
@@ -49,13 +49,22 @@ def to_pixels(images: Tensor, mean: Sequence[float] | None, std: Sequence[float]
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def shown_first(labels: Tensor, most: int) -> Tensor:
-    """Return the indices of at most so many images, as many of each class as possible, sorted by class."""
-    order = labels.argsort(stable=True)
-    counts = labels.unique(return_counts=True)[1]
-    rank_in_class = torch.cat([torch.arange(int(count)) for count in counts])
-    chosen = order[rank_in_class.argsort(stable=True)[:most]]
-    return chosen[labels[chosen].argsort(stable=True)]
+def arranged(labels: Tensor, columns: int) -> list[tuple[int, int, int]]:
+    """Choose images for a grid and arrange them by class; return the index, column and row of each.
+
+    Every class has the same share of the grid. If there are few classes, each begins a row.
+    """
+    members = [(labels == label).nonzero().flatten().tolist() for label in labels.unique().tolist()]
+    if len(members) > ROWS:
+        share = max(1, columns * ROWS // len(members))
+        shown = [index for of_class in members for index in of_class[:share]][: columns * ROWS]
+        return [(index, place % columns, place // columns) for place, index in enumerate(shown)]
+    placed, row = [], 0
+    for of_class in members:
+        shown = of_class[: columns * (ROWS // len(members))]
+        placed += [(index, place % columns, row + place // columns) for place, index in enumerate(shown)]
+        row = placed[-1][2] + 1
+    return placed
 
 
 def save_grid(
@@ -69,7 +78,7 @@ def save_grid(
     """Write images side by side as a PNG, sorted by class, each below the number of its class.
 
     Small images are enlarged. An image of one or three channels is shown in grey or in colour; of any other number,
-    as its channels in grey from left to right. Of many images, as many of each class as possible are shown.
+    as its channels in grey from left to right. Of many images, the same number of each class is shown.
 
     Args:
         path: Output file.
@@ -83,20 +92,22 @@ def save_grid(
         return
     from PIL import Image, ImageDraw
 
-    chosen = shown_first(labels.cpu(), MOST)
-    pixels = to_pixels(images[chosen.to(images.device)], mean, std)
-    if pixels.shape[1] not in (1, 3):
-        pixels = torch.cat([torch.nn.functional.pad(channel, (0, 1), value=255) for channel in pixels.split(1, 1)], 3)
-        pixels = pixels[..., :-1]
-    count, _, height, width = pixels.shape
+    strip = images.shape[1] if images.shape[1] not in (1, 3) else 1
+    placed = arranged(labels.cpu(), max(1, COLUMNS // strip))
+    pixels = to_pixels(images[[index for index, _, _ in placed]], mean, std)
+    if strip > 1:
+        gap = (0, 1)  # on the right
+        pixels = torch.cat([F.pad(channel, gap, value=255) for channel in pixels.split(1, 1)], 3)[..., :-1]
+    _, _, height, width = pixels.shape
     scale = max(1, round(SMALLEST / min(images.shape[2:])))
-    columns = min(COLUMNS, count)
-    right, down = width * scale + 2, height * scale + CAPTION + 2
-    grid = Image.new("RGB", (columns * right - 2, ceil(count / columns) * down - 2), "white")
+    between = 2 if strip == 1 else 3 * scale  # more than between the channels of an image
+    right, down = width * scale + between, height * scale + CAPTION + 2
+    columns, rows = (max(place[axis] for place in placed) + 1 for axis in (1, 2))
+    grid = Image.new("RGB", (columns * right - between, rows * down - 2), "white")
     text = ImageDraw.Draw(grid)
-    for place, (image, label) in enumerate(zip(pixels, labels[chosen].tolist(), strict=True)):
-        corner = place % columns * right, place // columns * down
-        text.text(corner, str(label), fill="black")
+    for image, (index, column, row) in zip(pixels, placed, strict=True):
+        corner = column * right, row * down
+        text.text(corner, str(int(labels[index])), fill="black")
         tile = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
         tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
         grid.paste(tile, (corner[0], corner[1] + CAPTION))

@@ -126,47 +126,49 @@ def test_distill_writes_a_student(tmp_path, teacher, capsys):
     SmallCNN(3).load_state_dict(load_file(output / "student.safetensors"))
     assert len(json.loads((output / "history.json").read_text())["loss"]) == 4
     assert (output / "grid.png").is_file()
-    assert "student.safetensors" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Wrote the student to {output / 'student.safetensors'}" in out
+    shares = json.loads((output / "history.json").read_text())["recognized"]
+    assert f"The teacher recognizes {sum(shares) / 2:.0%} of its images, and the student" in out
+    assert f"batch 1: the teacher recognizes {shares[0]:.0%} of the images" in out
+    # More rounds go on from there.
+    assert cli.main(["distill", *teacher, *student, *SHORT, *loop, "--rounds", "3", "--output", str(output)]) == 0
+    assert len(json.loads((output / "history.json").read_text())["loss"]) == 6
 
 
-def test_torch_checkpoints_and_prefixes_are_accepted(tmp_path, capsys):
-    state = {f"module.{key}": value for key, value in SmallCNN(4).state_dict().items()}
-    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "teacher.pt")
-    model = ["--model", "kdkernels.models:SmallCNN", "--model-args", '{"width": 4}']
-    arguments = [*model, "--checkpoint", str(tmp_path / "teacher.pt"), *SHORT, "--output", str(tmp_path / "out")]
-    assert cli.main(["invert", *arguments]) == 0
+def test_labels_go_round_in_a_run(tmp_path, teacher):
+    output = tmp_path / "images"
+    options = ["--batch-size", "4", "--batches", "5", "--output", str(output)]
+    assert cli.main(["invert", *teacher, *SHORT, *options]) == 0
+    batches = [load_file(path)["labels"] for path in sorted(output.glob("batch_*"))]
+    assert sorted(batches[1].tolist()) == [4, 5, 6, 7]
+    assert torch.cat(batches).bincount().tolist() == [2] * 10
+    assert cli.main(["invert", *teacher, *SHORT, *options, "--batches", "7"]) == 0
+    batches = [load_file(path)["labels"] for path in sorted(output.glob("batch_*"))]
+    assert torch.cat(batches).bincount().tolist() == [3] * 8 + [2] * 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"--model": "kdkernels.models:Nothing"}, "has no callable 'Nothing'"),
-        (
-            {"--model": "no_such_package:Model"},
-            "module 'no_such_package' is neither installed nor in the current folder",
-        ),
-        ({"--model": "resnet5000"}, "Name a model of your own as package.module:callable"),
-        ({"--model-args": "width=4"}, "model arguments must be a JSON object"),
-        ({"--model-args": '{"width": 5}'}, "does not match SmallCNN: different shape: 0.weight"),
-        ({"--checkpoint": "missing.pt"}, "checkpoint 'missing.pt' does not exist"),
-        ({"--mean": "0.5"}, "give both --mean and --std"),
-        ({"--classes": "11"}, "the network has the classes 0 to 9"),
-        ({"--preset": "datafree-deepinv"}, "needs config.mean and config.std"),
-    ],
-)
-def test_mistakes_are_explained(tmp_path, teacher, capsys, changes, text):
-    options = dict(zip(teacher[::2], teacher[1::2], strict=True)) | {"--preset": "digits"} | changes
-    arguments = [part for pair in options.items() for part in pair]
-    assert cli.main(["invert", *arguments, "--image-shape", "1", "8", "8", "--output", str(tmp_path / "out")]) == 2
-    assert text in capsys.readouterr().err
+def test_a_removed_batch_is_made_again(tmp_path, teacher, capsys):
+    output = tmp_path / "images"
+    command = ["invert", *teacher, *SHORT, "--batches", "3", "--output", str(output)]
+    assert cli.main(command) == 0
+    before = {path: path.read_bytes() for path in output.glob("batch_*")}
+    (output / "batch_00001.safetensors").unlink()
+    assert cli.main(command) == 0
+    assert {path: path.read_bytes() for path in output.glob("batch_*")} == before
+    (output / "batch_00001.safetensors").write_bytes(b"")
+    assert cli.main(command) == 2
+    assert "batch_00001.safetensors' is empty" in capsys.readouterr().err
 
 
-def test_wrong_image_shape_is_explained(tmp_path, teacher, capsys):
-    arguments = ["invert", *teacher, "--image-shape", "3", "8", "8", "--preset", "digits", "--output", str(tmp_path)]
-    assert cli.main(arguments) == 2
-    assert "does not accept images of shape [3, 8, 8]" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["invert", *teacher, "--image-shape", "0", "8", "8", "--output", str(tmp_path)])
+def test_histories_tell_whether_it_worked(tmp_path, teacher):
+    output = tmp_path / "images"
+    assert cli.main(["invert", *teacher, *SHORT, "--output", str(output)]) == 0
+    history = json.loads((output / "history_00000.json").read_text())
+    model, batch = SmallCNN(4).eval(), load_file(output / "batch_00000.safetensors")
+    model.load_state_dict(load_file(teacher[5]))
+    hits = (model(batch["images"]).argmax(1) == batch["labels"]).float().mean().item()
+    assert history["recognized"] == pytest.approx(hits)
 
 
 # The demo
