@@ -18,6 +18,7 @@ from kdkernels._files import atomic_file, read_tensor_file, require_safetensors
 __all__ = ["fingerprint", "load_checkpoint", "load_weights", "save_checkpoint", "save_weights"]
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+COUNTER = "num_batches_tracked"
 NETWORKS = {"model", "net", "network", "student", "teacher", "state_dict", "model_state", "model_state_dict", "ema"}
 
 
@@ -239,21 +240,34 @@ def _without_wrappers(name: str) -> str:
 def _differences(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, list[str]]:
     twins = _twins(expected)
     held = {twins.get(name, name) for name in state}
+    common = [
+        (name, state[name], value)
+        for name, value in expected.items()
+        if isinstance(value, Tensor) and isinstance(state.get(name), Tensor)
+    ]
     return {
-        "missing": [
-            name for name in expected if twins.get(name, name) not in held and not name.endswith("num_batches_tracked")
-        ],
+        "missing": [name for name in expected if twins.get(name, name) not in held and not name.endswith(COUNTER)],
         "unexpected": [
             name
             for name, value in state.items()
             if name not in expected or isinstance(value, Tensor) != isinstance(expected[name], Tensor)
         ],
         "different shape": [
-            f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
-            for name, value in expected.items()
-            if isinstance(value, Tensor) and isinstance(state.get(name), Tensor) and state[name].shape != value.shape
+            f"{name} {list(found.shape)} instead of {list(value.shape)}"
+            for name, found, value in common
+            if found.shape != value.shape
+        ],
+        "different kind of number": [
+            f"{name} {found.dtype} instead of {value.dtype}"
+            for name, found, value in common
+            if _kind(found) != _kind(value) and not name.endswith(COUNTER)
         ],
     }
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """Tell floating-point, complex and quantized numbers, which are no weights of one another, apart."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.is_quantized
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -23,6 +23,7 @@ def load_libraries() -> None:
     for name, content in _LIBRARIES.items():
         if importlib.util.find_spec(f"kdkernels.{name}") is None:
             _missing[name] = f"the {content} were not built (KDKERNELS_BUILD was none, cpu, or auto without nvcc)"
+            _look_elsewhere(name, content)
             continue
         try:
             library = importlib.import_module(f"kdkernels.{name}")
@@ -36,6 +37,22 @@ def load_libraries() -> None:
             )
             continue
         _compiled[name] = library.build_info()
+
+
+def _look_elsewhere(name: str, content: str) -> None:
+    """Say so if Python found a source tree first, and another installation of this package has the library."""
+    own = os.path.dirname(os.path.dirname(__file__))
+    for entry in sys.path:
+        folder = os.path.join(entry or os.curdir, "kdkernels")
+        if not os.path.isdir(folder) or os.path.samefile(folder, own):
+            continue
+        if any(file.startswith(f"{name}.") and file.endswith((".so", ".pyd")) for file in os.listdir(folder)):
+            _missing[name] = (
+                f"kdkernels was imported from {own}, which has no {content}, although {os.path.abspath(folder)} has "
+                "them; start Python in another folder, or compile in place with `pip install -e .`"
+            )
+            warnings.warn(f"{_missing[name]}. The next backend is used instead.", RuntimeWarning, stacklevel=4)
+            return
 
 
 # Kernels of the native backend, by device type. Tests replace the kernels of the CPU with those of a GPU.

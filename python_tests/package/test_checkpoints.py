@@ -200,6 +200,23 @@ def test_what_does_not_fit_is_named(tmp_path):
         load_weights(SmallCNN(4), tmp_path / "x.pt")
 
 
+def test_integers_are_no_weights(tmp_path):
+    state = {name: value.to(torch.int8) for name, value in SmallCNN(3).state_dict().items()}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"different kind of number: 0\.weight torch\.int8 instead of torch\.float32"):
+        load_weights(SmallCNN(3), tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_weights_of_another_device_are_read(tmp_path, monkeypatch, legacy):
+    trained, model = SmallCNN(3), SmallCNN(3)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+    torch.save(trained.state_dict(), tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    monkeypatch.undo()
+    load_weights(model, tmp_path / "x.pt")
+    assert_same(model, trained)
+
+
 def test_networks_between_which_a_file_leaves_a_choice_are_refused(tmp_path):
     torch.save({"model": SmallCNN(3).state_dict(), "ema": SmallCNN(3).state_dict()}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"several networks that fit SmallCNN, such as \['model'\] and \['ema'\]"):
