@@ -121,7 +121,7 @@ def data_free_distill(
     settings: dict[str, Any] = {
         "command": "distill",
         "teacher": describe(teacher),
-        "student": describe(student),
+        "initial student": describe(student),
         "image_shape": list(image_shape),
         "seed": seed,
         "inversion": {name: value for name, value in asdict(inversion).items() if name != "source"},
