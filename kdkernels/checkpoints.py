@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import random
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"checkpoint '{path}' holds different values for {twin} and {name}, which are one tied tensor in "
                 f"{type(model).__name__}; untie them in the network, or load weights of a tied one"
             )
-    model.load_state_dict(state, strict=False)
+    fitted = OrderedDict(state)
+    # The names are those of this version of the network's modules, whatever the file says or does not say of versions.
+    fitted._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(fitted, strict=False)
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -220,7 +224,7 @@ def _candidates(found: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
             groups.setdefault(head, {})[rest] = value
     for head, group in groups.items():
         # A network among others goes by a usual name; what all names begin with is a prefix.
-        if head in NETWORKS or len(group) == len(found):
+        if head in NETWORKS | WRAPPERS or len(group) == len(found):
             yield from _candidates(group, f"{where}[{head + '.'!r}...]")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kdkernels.checkpoints import load_weights
+from kdkernels.checkpoints import load_weights, save_weights
 from kdkernels.models import SmallCNN
 
 
@@ -66,6 +66,7 @@ NESTINGS = {
     "a compiled part": lambda state: {name.replace(".", "._orig_mod.", 1): value for name, value in state.items()},
     "equal copies": lambda state: {"model": state, "ema": copy.deepcopy(state)},
     "equal copies under wrappers": lambda state: {"model": prefixed("module.", state), "ema": copy.deepcopy(state)},
+    "averaged": lambda state: prefixed("module.", state) | {"n_averaged": torch.tensor(3)},
     "no num_batches_tracked": lambda state: {n: v for n, v in state.items() if "num_batches" not in n},
     "NumPy scalars": lambda state: {"net": state, "best": np.float64(0.9), "n": np.int64(3), "loss": np.ones(4)},
     "options": lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, name="x")},
@@ -225,3 +226,25 @@ def test_networks_without_values_are_refused(tmp_path):
         load_weights(nn.LazyLinear(2), tmp_path / "x.pt")
     with pytest.raises(ValueError, match="weight of the network is on the meta device"):
         load_weights(nn.Linear(2, 2, device="meta"), tmp_path / "x.pt")
+
+
+class SecondVersion(nn.Linear):
+    """A layer that takes files that tell no version for old ones, whose weights had another scale."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version", 1) < 2:
+            state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_layers_with_versions(tmp_path, prefix):
+    trained, model = SecondVersion(2, 2), SecondVersion(2, 2)
+    torch.save(prefixed(prefix, trained.state_dict()), tmp_path / "x.pt")
+    load_weights(model, tmp_path / "x.pt")
+    assert_same(model, trained)
+    save_weights(trained, tmp_path / "x.safetensors")
+    load_weights(model, tmp_path / "x.safetensors")
+    assert_same(model, trained)
