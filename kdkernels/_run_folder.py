@@ -72,18 +72,19 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Raise unless the disk of a folder has room for that many bytes.
+    """Raise unless a run of that many bytes fits on the disk; the files that its folder has are part of it.
 
     Raises:
-        OSError: If it has not.
+        OSError: If it does not fit.
 
     """
+    held = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     free = shutil.disk_usage(folder).free
-    if free < size:
+    if free < size - held:
         raise OSError(
             errno.ENOSPC,
-            f"the run needs {size / 2**20:,.0f} MiB in {folder}, but only {free / 2**20:,.0f} MiB are free; make room, "
-            "or choose a folder on another disk",
+            f"the run needs {(size - held) / 2**20:,.0f} MiB more in {folder}, but only {free / 2**20:,.0f} MiB are "
+            "free; make room, or choose a folder on another disk",
         )
 
 

@@ -41,9 +41,10 @@ def run(options: argparse.Namespace) -> int:
     }
     with run_folder(options.output, settings, device=placement(inverter.teacher)[0]) as folder:
         pool = ImagePool(folder)
-        missing = [index for index in range(options.batches) if index not in pool]
-        require_space(folder, len(missing) * config.batch_size * prod(shape) * 4)
-        for index in missing:
+        require_space(folder, options.batches * config.batch_size * prod(shape) * 4)
+        for index in range(options.batches):
+            if index in pool:
+                continue
             result, share = synthesize_batch(inverter, index, seed=options.seed, classes=classes)
             # Before the batch, so that a batch in the pool has its history.
             write_json(folder / f"history_{index:05d}.json", {"recognized": share, **result.history})

@@ -232,6 +232,8 @@ def _check(inverter: DeepInversion, student: nn.Module, num_classes: int, config
         raise ValueError(
             f"the student returns {found} classes, but the teacher returns {num_classes}; build a student with as many"
         )
+    if config.adaptive and config.rounds > 1:  # the student takes part in the synthesis, at every size of its images
+        DeepInversion(inverter.teacher, inverter.image_shape, inverter.config, student=student)
     counts = [config.batches * inverter.config.batch_size * (number + 1) for number in range(config.rounds)]
     sizes = {size for count in counts for size in (min(count, config.batch_size), count % config.batch_size) if size}
     image = torch.randn(1, *inverter.image_shape, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import nn
 
 from kdkernels import checkpoints as checkpoints_module
 from kdkernels.distillation import DataFreeConfig, ImagePool, data_free_distill
-from kdkernels.inversion import PRESETS, DeepInversion
+from kdkernels.inversion import PRESETS, DeepInversion, Stage
 from kdkernels.models import SmallCNN
 
 # Without data
@@ -283,6 +283,21 @@ def test_teacher_and_student_that_share_parameters_are_refused(monkeypatch):
     teacher = SmallCNN(4)
     with pytest.raises(ValueError, match="student and teacher share the parameters"):
         run(None, teacher=teacher, student=nn.Sequential(teacher, nn.Linear(10, 10)))
+
+
+class LargeImages(nn.Sequential):
+    """A student that takes no image smaller than 8 pixels."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 2, 8), nn.Flatten(), nn.LazyLinear(10))
+        self(torch.zeros(1, 1, 8, 8))
+
+
+def test_a_student_that_does_not_accept_the_images_of_a_stage_is_refused(monkeypatch):
+    monkeypatch.setattr(DeepInversion, "synthesize", never)
+    inversion = replace(INVERSION, stages=(Stage(2, pool=2), Stage(2)))
+    with pytest.raises(ValueError, match=r"student does not accept images of shape \[1, 4, 4\]"):
+        run(None, student=LargeImages(), inversion=inversion)
 
 
 def test_a_wrong_number_of_classes_is_refused(monkeypatch):
