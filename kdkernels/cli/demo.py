@@ -198,7 +198,7 @@ def run_demo(
         results: dict[str, dict[str, dict[str, float]]] = {}
         if unfinished.is_file():
             left = read_json(unfinished, "remove it to start again")
-            if left["settings"] == described:
+            if isinstance(left, dict) and left.get("settings") == described:
                 results = {k: v for k, v in left["seeds"].items() if int(k) in range(first_seed, first_seed + seeds)}
         with tqdm(total=seeds * (1 + len(ARMS)), disable=not progress, unit="step") as bar:
             bar.update(len(results) * (1 + len(ARMS)))

@@ -100,6 +100,8 @@ def rehearse(
     if len(images) == 0:
         raise ValueError("loader gave a batch without images; drop empty batches")
     student = getattr(student, "_orig_mod", student)  # a step through torch.compile would compile it twice
+    if isinstance(student, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        student = student.module  # functional_call does not know them
     modes = [(module, module.training) for module in student.modules()]
     devices = [images.device] if images.device.type != "cpu" else []
     for size in sorted({len(images), *sizes}):

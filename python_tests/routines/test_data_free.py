@@ -199,11 +199,11 @@ def test_checkpoints_that_were_removed_or_damaged(tmp_path):
         run(tmp_path)
 
 
-@pytest.mark.parametrize("student", [lambda: with_dropout(), lambda: tied()], ids=["dropout", "tied weights"])
+@pytest.mark.parametrize("kind", ["dropout", "tied weights", "DataParallel"])
 @pytest.mark.parametrize("stopped", [1, 3, 5])
-def test_students_of_every_kind_resume_bit_for_bit(tmp_path, monkeypatch, student, stopped):
+def test_students_of_every_kind_resume_bit_for_bit(tmp_path, monkeypatch, kind, stopped):
     torch.manual_seed(1)
-    first = student()
+    first = student_of(kind)
     expected, history = run(tmp_path / "straight", student=copy.deepcopy(first))
     original, calls = checkpoints_module.save_checkpoint, []
 
@@ -223,11 +223,11 @@ def test_students_of_every_kind_resume_bit_for_bit(tmp_path, monkeypatch, studen
     assert_equal(expected, load_file(tmp_path / "stopped" / "student.safetensors"))
 
 
-def with_dropout():
-    return nn.Sequential(SmallCNN(3), nn.Dropout(0.3), nn.Linear(10, 10))
-
-
-def tied():
+def student_of(kind):
+    if kind == "dropout":
+        return nn.Sequential(SmallCNN(3), nn.Dropout(0.3), nn.Linear(10, 10))
+    if kind == "DataParallel":
+        return nn.DataParallel(SmallCNN(3))
     model = nn.Sequential(SmallCNN(3), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10))
     model[3].weight = model[1].weight
     return model
