@@ -130,15 +130,8 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         OSError: If the file cannot be written.
 
     """
-    name, keys, *position = np.random.get_state(legacy=True)
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), *position],
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
     with atomic_file(path) as file:
-        torch.save({**state, "random_states": states}, file)
+        torch.save({**state, "random_states": random_states()}, file)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -163,13 +156,28 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise ValueError(f"{error}; {remedy}") from error
     if not isinstance(state, dict) or "random_states" not in state:
         raise ValueError(f"'{path}' is not a checkpoint of an interrupted run; name another file, or {remedy}")
-    states = state.pop("random_states")
+    set_random_states(state.pop("random_states"))
+    return state
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of the generators of torch, Python and NumPy, as tensors and plain values."""
+    name, keys, *position = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *position],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set the generators to states that :func:`random_states` returned."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))
     if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-    return state
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kdkernels._settings import differences
-from kdkernels.checkpoints import load_checkpoint, save_checkpoint
+from kdkernels.checkpoints import load_checkpoint, random_states, save_checkpoint, set_random_states
 
 
 def plain(value: Any) -> Any:
@@ -32,7 +32,7 @@ class Saver:
 
     def resume(self, epochs: int) -> dict[str, list[float]] | None:
         """Restore the checkpoint and return its history; if there is none, try that one can be written and read."""
-        random = torch.get_rng_state()
+        before = random_states()
         state = load_checkpoint(self.path)
         if state is None:
             self._rehearse()
@@ -44,7 +44,7 @@ class Saver:
         differing = differences(settings, self.settings)
         done = len(state["history"]["loss"])
         if differing or done > epochs:
-            torch.set_rng_state(random)
+            set_random_states(before)
             if differing:
                 raise ValueError(
                     f"{self.path} holds another run: {'; '.join(differing)}. Use the same values, or another checkpoint"

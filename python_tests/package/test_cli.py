@@ -212,6 +212,14 @@ def test_interrupted_demo_resumes_after_the_last_seed(tmp_path, monkeypatch):
     assert not (tmp_path / "unfinished.json").exists()
 
 
+def test_a_damaged_file_of_an_interrupted_demo_is_named(tmp_path):
+    (tmp_path / "unfinished.json").write_text('{"settings": {"teach')
+    with pytest.raises(ValueError, match=r"unfinished\.json is damaged .*; remove it to start again"):
+        demo.run_demo(tmp_path, settings=TINY, progress=False)
+    (tmp_path / "unfinished.json").write_text("[]")
+    assert set(demo.run_demo(tmp_path, settings=TINY, progress=False)["seeds"]) == {"0"}
+
+
 @pytest.mark.slow
 def test_one_seed_of_the_demo(tmp_path):
     """The bounds are below the claims, which concern the mean of three seeds; the slow test checks those."""

@@ -1,5 +1,7 @@
 """Training that was interrupted, and checkpoints of another run."""
 
+import random
+
 import pytest
 import torch
 from distilled import loader_of, setup, train
@@ -84,8 +86,13 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
     distill(student, teacher, [torch.randn(4, 1, 8, 8)], checkpoint=tmp_path / "c.pt", **options)
     teacher, student, options = setup()
     torch.manual_seed(1)
+    images = [torch.randn(4, 1, 8, 8)]
+    random.seed(3)
+    states = torch.get_rng_state(), random.getstate()
     with pytest.raises(ValueError, match="holds another run: seed was 0 and is 1"):
-        distill(student, teacher, [torch.randn(4, 1, 8, 8)], checkpoint=tmp_path / "c.pt", **options)
+        distill(student, teacher, images, checkpoint=tmp_path / "c.pt", **options)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
 
 
 def test_more_epochs_of_the_same_run(tmp_path):
