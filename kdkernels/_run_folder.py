@@ -51,7 +51,7 @@ def run_folder(
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
-        _claim(folder, json.loads(json.dumps(settings)), notes, may_grow)
+        _claim(folder, json.loads(json.dumps(settings, default=_plain)), notes, may_grow)
         yield folder
 
 
@@ -99,6 +99,10 @@ def _lock(lock: TextIO, folder: Path) -> None:
         raise ValueError(
             f"another process (pid {owner}) is using {folder}; wait for it, or choose another folder"
         ) from error
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{folder} cannot be locked ({error.strerror}); choose a folder on another disk"
+        ) from error
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
@@ -132,6 +136,13 @@ def _claim(folder: Path, settings: dict[str, Any], notes: dict[str, Any], may_gr
 def describe(model: torch.nn.Module) -> str:
     """Return the class of a network and the beginning of its fingerprint, by which settings tell it from others."""
     return f"{type(model).__name__} {fingerprint(model)[:16]}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy or torch scalar as a Python number."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"a setting is {value!r}; expected numbers, strings, lists and dictionaries")
 
 
 def _follow_growth(found: Any, wanted: Any, names: list[str]) -> None:

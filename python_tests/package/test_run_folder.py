@@ -1,10 +1,12 @@
 """The folder of a run: its settings, its lock, and what the disk may do."""
 
+import errno
 import json
 import subprocess
 import sys
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +41,22 @@ def test_what_differs_is_named(tmp_path, changes, text):
         claim(tmp_path, **changes)
     assert (tmp_path / "settings.json").read_bytes() == before
     claim(tmp_path)
+
+
+def test_scalars_of_numpy_and_torch_are_numbers(tmp_path):
+    claim(tmp_path, seed=np.int64(7), mean=[np.float32(0.5)])
+    claim(tmp_path, seed=torch.tensor(7), mean=[0.5])
+    with pytest.raises(ValueError, match="seed was 7 and is 8"):
+        claim(tmp_path, seed=8, mean=(0.5,))
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(OSError, match=r"cannot be locked \(No locks available\); choose a folder on another disk"):
+        claim(tmp_path)
 
 
 def test_some_settings_may_grow(tmp_path):
