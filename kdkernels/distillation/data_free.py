@@ -189,7 +189,7 @@ class _Loop:
         device, _ = placement(self.student)
         # The order of the images and dropout draw from torch's generator, which is given back as it was.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed * 1_000_003 + number)
+            torch.manual_seed(int(self.seed) * 1_000_003 + number)
             return distill(
                 self.student,
                 self.inverter.teacher,

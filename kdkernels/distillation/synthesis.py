@@ -18,7 +18,7 @@ FEW = 0.5
 
 def batch_generator(seed: int, index: int) -> torch.Generator:
     """Return the generator of a batch, which depends on nothing but the seed and the index."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+    return torch.Generator().manual_seed((int(seed) * 1_000_003 + index) % 2**63)
 
 
 def balanced_labels(index: int, batch_size: int, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,17 +26,9 @@ def data_free(folder, **options):
     torch.manual_seed(0)
     teacher, student = SmallCNN(4).eval(), SmallCNN(3)
     pool, history = data_free_distill(
-        teacher,
-        student,
-        (1, 8, 8),
-        10,
-        inversion=INVERSION,
-        config=CONFIG,
-        seed=5,
-        folder=folder,
-        progress=False,
+        teacher, student, (1, 8, 8), 10, inversion=INVERSION, config=CONFIG, seed=5, folder=folder, progress=False,
         **options,
-    )
+    )  # fmt: skip
     return pool, history, student
 
 
@@ -167,6 +160,13 @@ def test_more_epochs_continue_a_run_of_one_round(tmp_path):
     assert five["loss"][:2] == two["loss"]
     expected = [CONFIG.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / 5)) for epoch in (2, 3, 4)]
     assert five["learning_rate"][2:] == pytest.approx(expected, rel=1e-12)
+
+
+def test_settings_may_be_numpy_scalars(tmp_path):
+    _, expected = run(None)
+    _, history = run(tmp_path, seed=np.int64(5), epochs=np.int64(2), learning_rate=np.float64(5e-3))
+    assert history == expected
+    assert run(tmp_path)[1] == expected  # the same run
 
 
 def test_rounds_are_annealed_together():
