@@ -311,8 +311,7 @@ class _Run:
         else:
             described = "the gradient of the loss is not finite, although the loss is,"
         raise NonFiniteLossError(
-            f"{described} in iteration {iteration} of {total}; lower the learning rate or the weight of the term. The "
-            "last finite images are kept as `state` of this error",
+            f"{described} in iteration {iteration} of {total}; lower the learning rate or the weight of the term",
             term=term,
             iteration=iteration,
             state=self._result(self.finite_images, first),
