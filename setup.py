@@ -13,6 +13,7 @@ The metadata is in pyproject.toml.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
 MEMORY_OF_A_JOB = 2 << 30  # a kernel file takes about 1 GB to compile
 CPU_SOURCES = ("csrc/module.cpp", "csrc/*/cpu.cpp", "csrc/isa/*.cpp")
 CUDA_SOURCES = ("csrc/cuda_module.cpp", "csrc/*/cuda.cpp", "csrc/*/cuda_kernels.cu")
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc", "env")  # programs before the compiler, as in CXX="ccache g++"
 MODES = ("auto", "cpu", "cuda", "none")
 
 
@@ -117,6 +119,33 @@ def bound_jobs() -> None:
     os.environ["MAX_JOBS"] = str(max(1, min(processors, memory // MEMORY_OF_A_JOB)))
 
 
+def programs_of(command: str) -> list[str]:
+    """Return the programs of a compiler's command: launchers, if any, and the compiler."""
+    programs = []
+    for word in shlex.split(command):
+        if "=" in word or (programs and word.startswith("-")):
+            continue  # a variable or an option of the launcher
+        programs.append(word)
+        if Path(word).stem not in LAUNCHERS:
+            break
+    return programs or [command]
+
+
+def as_one_program(variable: str, folder: Path) -> None:
+    """Replace a command of several words, such as CXX="ccache g++ -m64", by a script: torch expects one program."""
+    command = os.environ.get(variable, "")
+    words, programs = shlex.split(command), programs_of(command)
+    if len(words) < 2 or sys.platform == "win32":
+        return
+    script = folder / variable / Path(programs[-1]).name  # torch knows compilers by their names
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    script.chmod(0o755)
+    os.environ[variable] = str(script)
+    if len(programs) > 1:
+        os.environ.setdefault("TORCH_NO_COMPILER_WRAPPER", "1")  # torch would add ccache again
+
+
 def extensions(mode: str) -> tuple[list, dict]:
     try:
         import pybind11
@@ -128,12 +157,16 @@ def extensions(mode: str) -> tuple[list, dict]:
             "`pip install --no-build-isolation .`, or set KDKERNELS_BUILD=none for the pure PyTorch package."
         ) from error
     compiler = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler) is None:
+    missing = next((program for program in programs_of(compiler) if shutil.which(program) is None), None)
+    if missing is not None:
+        whole = "" if missing == compiler else f" (CXX is {compiler!r})"
         raise SystemExit(
-            f"kdkernels: no C++ compiler: {compiler!r} was not found. Install one (Debian, Ubuntu: apt install g++; "
-            "macOS: xcode-select --install), name one in CXX, or set KDKERNELS_BUILD=none for the pure PyTorch "
+            f"kdkernels: no C++ compiler: {missing!r} was not found{whole}. Install one (Debian, Ubuntu: apt install "
+            "g++; macOS: xcode-select --install), name one in CXX, or set KDKERNELS_BUILD=none for the pure PyTorch "
             "package, which is slower."
         )
+    for variable in ("CC", "CXX"):
+        as_one_program(variable, ROOT / "build" / "generated")
     # Look for nvcc before torch chooses its own CUDA home.
     missing = "KDKERNELS_BUILD=cpu" if mode == "cpu" else why_no_cuda(torch.version.cuda)
     if mode == "cuda" and missing is not None:

@@ -6,12 +6,15 @@ import os
 import platform
 import sys
 import warnings
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdkernels._version import __version__
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = {"_C": "CPU kernels", "_cuda": "CUDA kernels"}
 _missing: dict[str, str] = {}
 _compiled: dict[str, Any] = {}
@@ -23,7 +26,15 @@ def load_libraries() -> None:
     for name, content in _LIBRARIES.items():
         if importlib.util.find_spec(f"kdkernels.{name}") is None:
             _missing[name] = f"the {content} were not built (KDKERNELS_BUILD was none, cpu, or auto without nvcc)"
-            _look_elsewhere(name, content)
+            hidden = _hidden_copy() if name == "_C" else None
+            if hidden is not None:
+                _missing[name] = (
+                    f"{_PACKAGE.parent} has no {content}, and hides the installed copy in {hidden.parent}, which has "
+                    "them: start Python in another folder, or run `pip install -e .` here"
+                )
+                warnings.warn(
+                    f"kdkernels: {_missing[name]}. The next backend is used instead.", RuntimeWarning, stacklevel=3
+                )
             continue
         try:
             library = importlib.import_module(f"kdkernels.{name}")
@@ -39,20 +50,15 @@ def load_libraries() -> None:
         _compiled[name] = library.build_info()
 
 
-def _look_elsewhere(name: str, content: str) -> None:
-    """Say so if Python found a source tree first, and another installation of this package has the library."""
-    own = os.path.dirname(os.path.dirname(__file__))
+def _hidden_copy() -> Path | None:
+    """Return the folder of a later kdkernels on the path that has CPU kernels, unless none were wanted."""
+    if os.environ.get("KDKERNELS_BUILD") == "none":
+        return None
     for entry in sys.path:
-        folder = os.path.join(entry or os.curdir, "kdkernels")
-        if not os.path.isdir(folder) or os.path.samefile(folder, own):
-            continue
-        if any(file.startswith(f"{name}.") and file.endswith((".so", ".pyd")) for file in os.listdir(folder)):
-            _missing[name] = (
-                f"kdkernels was imported from {own}, which has no {content}, although {os.path.abspath(folder)} has "
-                "them; start Python in another folder, or compile in place with `pip install -e .`"
-            )
-            warnings.warn(f"{_missing[name]}. The next backend is used instead.", RuntimeWarning, stacklevel=4)
-            return
+        folder = Path(entry).resolve() / "kdkernels"
+        if folder != _PACKAGE and PathFinder.find_spec("kdkernels._C", [str(folder)]) is not None:
+            return folder
+    return None
 
 
 # Kernels of the native backend, by device type. Tests replace the kernels of the CPU with those of a GPU.
