@@ -261,3 +261,20 @@ def test_any_combination(shape, norm, reduction, layout, dtype, seed):
         truth = results_of(function, (x,), (0,), F64)
     for a, b in zip(ours, truth, strict=True):
         assert error_in_ulp(a, b) <= 8
+
+
+def test_forms_of_other_packages():
+    """kornia sums or averages each channel, [B, C]; torchmetrics sums each image; piq takes norms of each image."""
+    x = torch.randn(2, 3, 5, 4, dtype=F64)
+    right, down = x.diff(dim=-1), x.diff(dim=-2)
+    kornia_sum = right.abs().sum((-2, -1)) + down.abs().sum((-2, -1))
+    kornia_mean = right.abs().mean((-2, -1)) + down.abs().mean((-2, -1))
+    assert kornia_sum.shape == (2, 3)
+    torch.testing.assert_close(kornia_sum.sum(1), total_variation(x, "none"))
+    torch.testing.assert_close(kornia_mean.mean(), total_variation(x, "mean"))
+    torchmetrics_none = right.abs().sum((1, 2, 3)) + down.abs().sum((1, 2, 3))
+    torch.testing.assert_close(torchmetrics_none, total_variation(x, "none"))
+    torch.testing.assert_close(torchmetrics_none.sum(), total_variation(x, "sum"))
+    piq_squared = right.square().sum((1, 2, 3)) + down.square().sum((1, 2, 3))
+    torch.testing.assert_close(piq_squared, total_variation(x, "none", norm_type="l2_squared"))
+    torch.testing.assert_close(piq_squared.sqrt(), total_variation(x, "none", norm_type="l2"))

@@ -197,17 +197,26 @@ def total_variation(
     For each image, over all differences d of neighbouring pixels in the given directions (1: right; 2: right and
     down; 4: also the two diagonals), pairs inside the image only:
 
-    - ``"l1"``: :math:`\sum |d|` (kornia, torchmetrics)
+    - ``"l1"``: :math:`\sum |d|`
     - ``"l2_squared"``: :math:`\sum d^2`
-    - ``"l2"``: :math:`\sqrt{\sum d^2}`, the norm of the whole image (piq)
+    - ``"l2"``: :math:`\sqrt{\sum d^2}`, the norm of the whole image
     - ``"isotropic"``: :math:`\sum \sqrt{d_x^2 + d_y^2 + \epsilon}` over the pixels with a right or lower neighbour; a
       missing difference counts as 0 (Rudin, Osher and Fatemi, 1992)
+
+    With two directions and images [B, C, H, W], other packages give the same numbers as follows:
+
+    - kornia's l1 keeps the channels apart, [B, C]: ``kornia.losses.total_variation(x, "sum").sum(1)`` equals
+      ``total_variation(x, "none")``, and ``kornia.losses.total_variation(x, "mean").mean()`` equals
+      ``total_variation(x, "mean")``.
+    - ``torchmetrics.functional.image.total_variation(x, r)`` equals ``total_variation(x, r)`` for ``"none"`` and
+      ``"sum"``; its ``"mean"`` equals ``total_variation(x, "none").mean()``.
+    - ``piq.total_variation(x, "none", n)`` equals ``total_variation(x, "none", norm_type=n)`` for its three norms.
 
     Args:
         input: Images [B, C, H, W] or one image [C, H, W]; fp16, bf16, fp32 or fp64. Contiguous and channels_last memory
             is read in place.
         reduction: ``"none"`` gives one value per image, ``"sum"`` adds them, and ``"mean"`` averages them, except that
-            l1 and l2_squared divide each direction by its number of pairs in the batch (as kornia does).
+            l1 and l2_squared divide each direction by its number of pairs in the batch.
         norm_type: ``"l1"``, ``"l2"``, ``"l2_squared"`` or ``"isotropic"``.
         directions: 1, 2 or 4; must be 2 for ``"isotropic"``.
         eps: Smoothing of ``"isotropic"``; must be 0 for the others.
