@@ -1,0 +1,79 @@
+"""Modules of the losses: coefficients that are tensors, and tracing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from kdkernels import functional, nn
+
+LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]]), torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 0.0]])
+LABELS = torch.tensor([2, 0])
+STATISTICS = torch.tensor([0.1, 0.2, -0.3]), torch.tensor([1.0, 2.0, 0.5])
+IMAGES = torch.linspace(-1, 1, 72).sin().view(2, 3, 4, 3)
+
+
+class WithoutLabels(nn.DistillationLoss):
+    def forward(self, input, target):
+        return super().forward(input, target)
+
+
+LOSSES = {
+    "kl": (nn.KLDivWithLogitsLoss(temperature=2.0), LOGITS),
+    "kl, tensor": (nn.KLDivWithLogitsLoss(temperature=torch.tensor(2.0)), LOGITS),
+    "js": (nn.JSDivWithLogitsLoss(beta=torch.tensor(0.3)), LOGITS),
+    "distillation": (nn.DistillationLoss(), (*LOGITS, LABELS)),
+    "distillation without labels": (WithoutLabels(kd_weight=torch.tensor(0.7)), LOGITS),
+    "batch norm": (nn.BatchNormStatLoss(), (IMAGES, *STATISTICS)),
+    "total variation": (nn.TotalVariationLoss("mean", norm_type="l2"), (IMAGES,)),
+    "priors": (nn.ImagePriorLoss(tv_l1=0.5, l2=0.1), (IMAGES,)),
+}
+
+
+def with_gradient(module, inputs):
+    leaf = inputs[0].clone().requires_grad_()
+    loss = module(leaf, *inputs[1:])
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_symbolic_tracing(name):
+    module, inputs = LOSSES[name]
+    traced = torch.fx.symbolic_trace(module)
+    expected = with_gradient(module, inputs)
+    for found in (with_gradient(traced, inputs), with_gradient(pickle.loads(pickle.dumps(traced)), inputs)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_temperature_that_is_a_tensor_moves_with_its_module_and_is_not_rounded():
+    module = nn.KLDivWithLogitsLoss(temperature=torch.tensor(2.1))
+    parent = torch.nn.Sequential(torch.nn.Linear(3, 3), module).bfloat16()
+    assert torch.equal(module.temperature, torch.tensor(2.1))
+    expected = functional.kl_div_with_logits(*LOGITS, temperature=2.1)
+    torch.testing.assert_close(module(*LOGITS), expected)
+    torch.testing.assert_close(copy.deepcopy(module)(*LOGITS), expected)
+    assert not module.state_dict()
+    assert repr(module) == "KLDivWithLogitsLoss(KL(teacher || student), temperature=2.1, reduction='mean')"
+    parent.to("meta")
+    assert module.temperature.is_meta
+    assert "temperature=?" in repr(module)
+
+
+def test_a_schedule_may_write_into_a_coefficient():
+    temperature = torch.tensor(1.0)
+    module = nn.DistillationLoss(temperature=temperature).half()
+    temperature.fill_(3.0)
+    torch.testing.assert_close(module(*LOGITS), functional.distillation_loss(*LOGITS, temperature=3.0))
+
+
+def test_a_learned_temperature_is_a_parameter():
+    module = nn.KLDivWithLogitsLoss(temperature=torch.nn.Parameter(torch.tensor(2.0)))
+    assert list(dict(module.named_parameters())) == ["temperature"]
+    assert "temperature=2," in repr(module)
+    module(*LOGITS).backward()
+    step = 1e-3
+    losses = [functional.kl_div_with_logits(*(x.double() for x in LOGITS), temperature=2.0 + d) for d in (step, -step)]
+    torch.testing.assert_close(
+        module.temperature.grad, ((losses[0] - losses[1]) / (2 * step)).float(), rtol=1e-4, atol=1e-6
+    )
