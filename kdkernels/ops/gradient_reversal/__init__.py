@@ -21,13 +21,8 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Ten
     ctx.save_for_forward(*inputs)
 
 
-def _backward_jvp(ctx: Any, tangent: Tensor | None, lambd_tangent: Tensor | None) -> Tensor | None:
-    grad_output, lambd = ctx.saved_tensors
-    result = None if tangent is None else _BACKWARD.run(ctx.backend, tangent, lambd)
-    if lambd_tangent is None:
-        return result
-    by_lambd: Tensor = _BACKWARD.run(ctx.backend, grad_output, lambd_tangent)
-    return by_lambd if result is None else result + by_lambd
+def _backward_jvp(ctx: Any, tangent: Tensor | None, _lambd_tangent: None) -> Tensor | None:
+    return None if tangent is None else _BACKWARD.run(ctx.backend, tangent, ctx.saved_tensors[1])
 
 
 def _backward_backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -54,7 +49,7 @@ def _copy_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
     return _BACKWARD.run(ctx.backend, grad, *ctx.saved_tensors), None
 
 
-def _copy_jvp(ctx: Any, tangent: Tensor | None, _lambd: None) -> Tensor | None:
+def _copy_jvp(ctx: Any, tangent: Tensor | None, _lambd_tangent: None) -> Tensor | None:
     """Reverse the tangent too, so that both modes agree about the derivative."""
     return None if tangent is None else _BACKWARD.run(ctx.backend, tangent, *ctx.saved_tensors)
 
@@ -154,12 +149,17 @@ def gradient_reversal(input: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
 
     Args:
         input: Features of any shape; fp16, bf16, fp32 or fp64.
-        lambd: Coefficient, a number or a 0-dim tensor. It is read in the forward, not in the backward. A tensor that
-            changes during training is compiled only once.
+        lambd: Coefficient, a number or a 0-dim tensor; a constant to every kind of derivative. It is read in the
+            forward, not in the backward. A tensor that changes during training is compiled only once.
 
     Returns:
         A view of the input. An in-place operation on it raises if the input requires grad, since autograd cannot
-        replay it on the input and would bypass the reversal.
+        replay it on the input and would bypass the reversal. Under the transforms of ``torch.func`` and in
+        ``torch.export``, a copy.
+
+    Tangents of forward mode are reversed as gradients are: jvp and vjp agree. An export under ``torch.no_grad()`` and
+    the ONNX exporters see the identity. ``torch.jit.trace`` records :math:`c - \lambda (x - c)` with the constant
+    c = x, which gives the input where it is finite. ``torch.jit.script`` is not supported.
 
     Raises:
         TypeError: The input is not a floating-point tensor, or ``lambd`` is not a number.
