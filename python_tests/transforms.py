@@ -2,7 +2,6 @@
 
 import io
 from functools import partial
-from typing import ClassVar
 
 import pytest
 import torch
@@ -29,8 +28,6 @@ def loss_of(call: Call, *inputs: Tensor) -> Tensor:
 
 class UnderTransforms:
     """Part of the contract; ``call`` is each small call of the op."""
-
-    forward_mode: ClassVar[bool] = False  # whether there are forward-mode derivatives
 
     def test_gradients_under_torch_func(self, call: Call):
         loss = partial(loss_of, call)
@@ -68,8 +65,8 @@ class UnderTransforms:
         (expected,) = torch.autograd.grad(grad.square().sum(), leaves[first])
         torch.testing.assert_close(torch.func.grad(slope, first)(*call.inputs), expected)
 
-    def test_forward_mode_is_right_or_refused(self, call: Call):
-        """The derivative along a direction is its product with the gradient, or one sentence says what to use."""
+    def test_forward_mode(self, call: Call):
+        """The derivative along a direction is its product with the gradient, and that of the gradient is symmetric."""
         first = call.differentiable[0]
 
         def loss(moving: Tensor) -> Tensor:
@@ -77,15 +74,12 @@ class UnderTransforms:
 
         x = call.inputs[first]
         direction = torch.randn_like(x)
-        if not self.forward_mode:
-            with pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*use reverse mode instead"):
-                torch.func.jvp(loss, (x,), (direction,))
-            with pytest.raises(NotImplementedError, match="forward-mode"), forward_ad.dual_level(), torch.no_grad():
-                loss(forward_ad.make_dual(x, direction))
-            return
         expected = (torch.func.grad(loss)(x) * direction).sum()
         found = torch.func.jvp(loss, (x,), (direction,))[1]
         torch.testing.assert_close(found, expected)
+        slope = torch.func.grad(loss)
+        expected_slope = torch.func.vjp(slope, x)[1](direction)[0]
+        torch.testing.assert_close(torch.func.jvp(slope, (x,), (direction,))[1], expected_slope)
         with forward_ad.dual_level():
             dual = loss(forward_ad.make_dual(x, direction))
             torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)

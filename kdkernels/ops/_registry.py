@@ -28,8 +28,9 @@ _debug: bool = False
 class Op:
     """An op with an overload for each backend."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, forward_mode: Callable[..., Any] | None) -> None:
         self.name = name
+        self.forward_mode = forward_mode
         packet = getattr(torch.ops.kdkernels, name)
         self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in BACKENDS}
         self.functions: dict[str, type[_Function]] = {}
@@ -40,6 +41,8 @@ class Op:
         In eager mode an autograd function calls the overload, which costs half as much as a registered formula and
         works under ``torch.func``. A graph that is compiled or traced records the overload itself.
         """
+        if self.forward_mode is not None and _tracing.in_forward_mode():
+            return self.forward_mode(*arguments)
         if self.functions and (_tracing.is_transformed() or _tracing.in_forward_mode()):
             if torch.compiler.is_dynamo_compiling():
                 _allow_in_graph()
@@ -170,6 +173,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    forward_mode: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
 ) -> Op:
     """Define an op for every backend.
@@ -181,12 +185,13 @@ def define(
         fake: Shapes and dtypes of the results, from fake tensors; it checks the shapes of the arguments.
         setup_context: Function that saves what the backward needs; ``ctx.backend`` is set before it is called.
         backward: Autograd formula; ``ctx.backend`` is the backend of the forward.
-        jvp: Forward-mode formula, from the context and the tangents of all arguments. Without it, forward mode raises.
+        forward_mode: Function in differentiable PyTorch that runs instead where tensors may carry tangents.
+        jvp: Forward-mode formula, from the context and the tangents of all arguments; with neither, they raise.
 
     """
     for backend in BACKENDS:
         _library.define(f"{name}.{backend}{signature}")
-    op = _ops[name] = Op(name)
+    op = _ops[name] = Op(name, forward_mode)
     for backend in BACKENDS:
         qualified = f"kdkernels::{name}.{backend}"
         torch.library.register_fake(qualified, fake, lib=_library)

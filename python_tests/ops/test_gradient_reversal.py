@@ -17,7 +17,6 @@ F64 = torch.float64
 
 class TestGradientReversal(OpContract):
     op = "gradient_reversal"
-    forward_mode = True
 
     @classmethod
     def op_samples(cls):

@@ -9,6 +9,7 @@ import torch
 from contract import OpContract
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import kdkernels
 from kdkernels import nn
@@ -278,3 +279,21 @@ def test_forms_of_other_packages():
     piq_squared = right.square().sum((1, 2, 3)) + down.square().sum((1, 2, 3))
     torch.testing.assert_close(piq_squared, total_variation(x, "none", norm_type="l2_squared"))
     torch.testing.assert_close(piq_squared.sqrt(), total_variation(x, "none", norm_type="l2"))
+
+
+def test_forward_mode_at_a_constant_image():
+    """The derivative of a norm at 0 is 0 in every direction, as in reverse mode."""
+    images, direction = torch.ones(2, 1, 3, 3, dtype=F64), torch.randn(2, 1, 3, 3, dtype=F64)
+    for function in (partial(total_variation, norm_type="l2"), lambda x: image_prior_losses(x).tv_l2):
+        value, tangent = torch.func.jvp(function, (images,), (direction,))
+        assert (value, tangent) == (0.0, 0.0)
+
+
+def test_tangents_of_a_gradient_alone_are_refused():
+    """The forward ran before there were tangents, so that its kernels are what is differentiated."""
+    images = torch.rand(2, 1, 3, 3, dtype=F64, requires_grad=True)
+    loss = total_variation(images)
+    with forward_ad.dual_level():
+        incoming = forward_ad.make_dual(torch.ones_like(loss), torch.ones_like(loss))
+        with pytest.raises(NotImplementedError, match="total_variation_backward has no forward-mode"):
+            torch.autograd.grad(loss, images, incoming)

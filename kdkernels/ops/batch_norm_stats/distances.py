@@ -64,6 +64,7 @@ _DISTANCES = _registry.define(
     fake=_distances_fake,
     setup_context=_distances_setup_context,
     backward=_distances_backward,
+    forward_mode=reference.distances,
 )
 _DISTANCES_BACKWARD = _registry.define(
     "batch_norm_stat_distances_backward",

@@ -87,6 +87,7 @@ _STATS = _registry.define(
     fake=_stats_fake,
     setup_context=_stats_setup_context,
     backward=_stats_backward,
+    forward_mode=reference.stats,
 )
 _TAP_BACKWARD = _registry.define(
     "batch_norm_tap_backward",

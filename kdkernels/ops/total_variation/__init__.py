@@ -118,6 +118,7 @@ _PRIOR = _registry.define(
     fake=_prior_fake,
     setup_context=_prior_setup_context,
     backward=_prior_backward,
+    forward_mode=reference.image_prior_losses,
 )
 _PRIOR_BACKWARD = _registry.define(
     "image_prior_losses_backward",
@@ -135,6 +136,7 @@ _VARIATION = _registry.define(
     fake=_variation_fake,
     setup_context=_variation_setup_context,
     backward=_variation_backward,
+    forward_mode=reference.total_variation,
 )
 _VARIATION_BACKWARD = _registry.define(
     "total_variation_backward",

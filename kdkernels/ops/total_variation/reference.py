@@ -39,8 +39,8 @@ def image_prior_losses(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return TV_l1, TV_l2, L2, and the norms of the four differences over the batch and of each image."""
     x = input.to(compute_dtype(input))
     d = differences(x, 4)
-    difference_norms = torch.stack([k.square().sum().sqrt() for k in d])
-    image_norms = x.flatten(1).square().sum(1).sqrt()
+    difference_norms = torch.stack([root(k.square().sum()) for k in d])
+    image_norms = root(x.flatten(1).square().sum(1))
     tv_l1 = torch.stack([_mean(k.abs()) for k in d]).sum()
     return tv_l1, difference_norms.sum(), _mean(image_norms), torch.cat([difference_norms, image_norms])
 
@@ -100,7 +100,7 @@ def total_variation(
             return torch.stack([_mean(t) for t in terms]).sum(), x.new_empty(0)
         values = torch.stack([t.sum((1, 2, 3)) for t in terms]).sum(0)
     if norm_type == "l2":
-        values = values.sqrt()
+        values = root(values)
     norms = values.clone() if norm_type == "l2" else x.new_empty(0)
     if reduction == "none":
         return values, norms
