@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import OpContract
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdkernels import nn
 from kdkernels.functional import gradient_reversal, gradient_reversal_linear
@@ -159,7 +160,7 @@ def test_tangents_of_the_gradient():
 
 def test_new_coefficients_do_not_compile_again():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(lambda x, lambd: gradient_reversal(x, lambd) * 2, backend=counter, fullgraph=True)
     for i in range(10):
         x = torch.randn(3, requires_grad=True)

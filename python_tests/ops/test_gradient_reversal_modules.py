@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdkernels import nn
 from kdkernels.functional import gradient_reversal, gradient_reversal_linear
@@ -117,7 +118,7 @@ def test_a_loaded_coefficient_moves_unchanged():
 
 def test_a_schedule_compiles_once():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     module = nn.WarmStartGradientReversal(max_iters=10)
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     for i in range(5):
