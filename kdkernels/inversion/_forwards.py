@@ -2,8 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +36,7 @@ class Forward:
 
     def __init__(self, known: bool) -> None:
         self.known = known
-        self.with_grad = torch.is_grad_enabled()
         self.ended = False
-        self.read = False
         self.records: list[Record] = []
         self.repeated: list[int] = []  # layers that ran again where it is not known whether in this forward
         self.uses: dict[int, int] = {}  # so far, by layer
@@ -85,64 +82,6 @@ def _merge(parts: list[Record], unbiased: bool) -> Record:
     ]
     var = torch.stack(squares).sum(0) / (count - int(unbiased))
     return parts[0]._replace(values=count, mean=mean, var=var)
-
-
-class Recomputation:
-    """The statistics of layers whose forward ran without gradients, until it is computed again in the backward.
-
-    ``torch.utils.checkpoint`` with ``use_reentrant=True`` runs a part of the network under ``no_grad``, and again in
-    the backward. The loss is made of the first run's statistics; their gradients are there when the second run comes,
-    because the loss is computed after the network and therefore differentiated before it.
-    """
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[int, Tensor, Tensor]] = []
-
-    def leave(self, index: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the statistics as leaves that collect their gradients."""
-        mean, var = mean.detach().requires_grad_(), var.detach().requires_grad_()
-        self.waiting.append((index, mean, var))
-        return mean, var
-
-    def take(self, index: int, mean: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
-        """Return the gradients of the first run that this is the second of, or None if there was none."""
-        found = [i for i, (other, _, _) in enumerate(self.waiting) if other == index]
-        if len(found) > 1:
-            found = [i for i in found if torch.equal(self.waiting[i][1], mean.detach())]
-        if not found:
-            return None
-        _, first_mean, first_var = self.waiting.pop(found[0])
-        return first_mean.grad, first_var.grad
-
-    def forget(self, records: list[Record]) -> None:
-        """Forget the statistics of a forward whose loss was not read."""
-        means = {id(record.mean) for record in records}
-        self.waiting = [entry for entry in self.waiting if id(entry[1]) not in means]
-
-    def lost(self) -> list[int]:
-        """Return the layers whose statistics got a gradient that the network did not."""
-        return sorted({index for index, mean, var in self.waiting if mean.grad is not None or var.grad is not None})
-
-
-class Joined(torch.autograd.Function):
-    """Returns an activation; its backward gives the statistics of the activation their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, activation: Tensor, mean: Tensor, var: Tensor, *grads: Tensor) -> Tensor:
-        ctx.save_for_backward(*grads)
-        return activation.view_as(activation)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (grad[0], *ctx.saved_tensors, None, None)
-
-
-joined: Callable[..., Tensor] = Joined.apply
-
-
-def in_backward() -> bool:
-    """Tell whether autograd is running a backward, so that a layer that runs is computed again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from types import UnionType
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 At = Literal["input", "output"]
-Layers = Iterable[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
+Layers = Iterable[str] | type | UnionType | tuple[type, ...] | Callable[[str, nn.Module], bool]
 _FORWARDS = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # BatchNorm2d and 3d inherit that of 1d
 
 
@@ -24,23 +25,26 @@ def find_layers(model: nn.Module, layers: Layers | None, at: At) -> dict[str, nn
     """
     found, others = {}, []
     for name, module in model.named_modules():
-        if _keeps_statistics(module) and not (at == "output" and _changes_output(module)):
+        if _keeps_statistics(module) and (at == "input" or _is_affine(module)):
             found[name] = module
         elif _looks_like_one(module):
             others.append(f"{name} ({type(module).__name__})")
     if layers is not None:
         return _chosen(found, layers)
-    if others:
+    if others and found:
+        taken = "torch's BatchNorm layers alone, whose output is known"
+        if at == "input":
+            taken = "BatchNorm layers, and modules with a running_mean and running_var for each channel"
         warnings.warn(
-            f"the statistics of {', '.join(others)} are not counted: at={at!r} takes BatchNorm layers"
-            f"{' without an activation' if at == 'output' else ''}, and modules with a running_mean and running_var "
-            "for each channel. Choosing layers= silences this",
+            f"the statistics of {', '.join(others)} are not counted: at={at!r} takes {taken}. Choosing layers= "
+            "silences this",
             stacklevel=3,
         )
     if not found:
         raise ValueError(
             f"model is {type(model).__name__}, which has no BatchNorm layer; expected at least one BatchNorm1d, "
             "BatchNorm2d, BatchNorm3d or SyncBatchNorm"
+            + (f"; those of {', '.join(others)} cannot be compared at={at!r}" if others else "")
         )
     return _with_statistics(found)
 
@@ -65,16 +69,21 @@ def _looks_like_one(module: nn.Module) -> bool:
     )
 
 
-def _changes_output(module: nn.Module) -> bool:
-    """Tell whether the output of a BatchNorm layer may be more than an affine function, such as an activation of it."""
-    return isinstance(module, _BatchNorm) and type(module).forward not in _FORWARDS
+def _is_affine(module: nn.Module) -> bool:
+    """Tell whether the output of a layer is known to be an affine function of its input, not an activation of one."""
+    return isinstance(module, _BatchNorm) and type(module).forward in _FORWARDS
 
 
 def _chosen(found: dict[str, nn.Module], layers: Layers) -> dict[str, nn.Module]:
     if isinstance(layers, str):
         raise ValueError(f"layers is {layers!r}; expected a list of names, such as [{layers!r}]")
+    if isinstance(layers, nn.Module) or not (isinstance(layers, Iterable | UnionType) or callable(layers)):
+        raise TypeError(
+            f"layers is {layers!r}; expected a list of names, a type or a tuple of types, or a function of name and "
+            "module"
+        )
     kinds = tuple(layers) if isinstance(layers, (tuple, list)) else (layers,)
-    if isinstance(layers, type) or (kinds and all(isinstance(kind, type) for kind in kinds)):
+    if isinstance(layers, (type, UnionType)) or (kinds and all(isinstance(kind, type) for kind in kinds)):
         chosen = {name: module for name, module in found.items() if isinstance(module, kinds)}
     elif callable(layers):
         chosen = {name: module for name, module in found.items() if layers(name, module)}

@@ -10,18 +10,9 @@ from torch import Tensor, nn
 
 from kdkernels._networks import frozen
 from kdkernels.functional import batch_norm_stat_distances, batch_norm_tap
-from kdkernels.inversion._forwards import (
-    Forward,
-    LayerUse,
-    Recomputation,
-    Record,
-    in_backward,
-    is_replica,
-    joined,
-    lock,
-    merged,
-)
+from kdkernels.inversion._forwards import Forward, LayerUse, Record, is_replica, lock, merged
 from kdkernels.inversion._layers import At, Layers, find_layers, targets_of
+from kdkernels.inversion._recomputation import Recomputation, in_autograd_function, in_backward, joined
 from kdkernels.ops._checks import check_choice
 from kdkernels.ops._types import Mode, Moment
 
@@ -136,68 +127,42 @@ class BatchNormStatistics:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        recomputation = self._recomputation
         self._reset()
         self._frozen.__exit__(kind, error, traceback)
-        if kind is None:
-            self._raise_if_lost(recomputation)
 
     def _reset(self) -> None:
         self._forward = Forward(known=False)
         self._depth = 0  # of calls of the network inside one another
-        self._recomputation = Recomputation()
+        self._recomputation = Recomputation(self.layers)
         self._running: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     # What happens in a forward
 
     def _enter(self, module: nn.Module) -> None:
-        if in_backward():
-            return
-        if is_replica(module):
-            raise RuntimeError(
-                "the model runs as a replica of DataParallel, whose parts of a batch cannot be told from other "
-                "forwards; create BatchNormStatistics of the DataParallel module instead"
-            )
-        if module is not self.model:
+        if in_backward() or module is not self.model:
             return
         if self._depth == 0:
-            self._begin(known=True)
+            self._forward = Forward(known=True)
         self._depth += 1
 
     def _leave(self, module: nn.Module) -> None:
-        if in_backward() or module is not self.model:
+        if in_backward() or module is not self.model or self._depth == 0:
             return
         self._depth -= 1
         if self._depth == 0:
             self._forward.ended = True
 
-    def _begin(self, known: bool) -> None:
-        if self._recomputation.waiting:
-            self._raise_if_lost(self._recomputation)
-            if not self._forward.read:
-                self._recomputation.forget(self._forward.records)
-        self._forward = Forward(known)
-
-    def _raise_if_lost(self, recomputation: Recomputation) -> None:
-        lost = recomputation.lost()
-        if lost:
-            raise RuntimeError(
-                f"the gradient of the statistics of {', '.join(self.layers[index] for index in lost)} did not reach "
-                "the network: these layers ran under torch.utils.checkpoint with use_reentrant=True, whose backward "
-                "runs only if the same backward() comes from the network's output. Add both losses, or use "
-                "use_reentrant=False"
-            )
-
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Mark what runs inside the ``with`` block as one forward, for a network that is not run by calling it."""
-        self._begin(known=True)
+        if self._depth == 0:
+            self._forward = Forward(known=True)
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
-            self._forward.ended = True
+            self._forward.ended = self._depth == 0
 
     def _before(self, index: int) -> Any:
         def tap(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -212,7 +177,14 @@ class BatchNormStatistics:
 
     def _after(self, index: int) -> Any:
         def tap(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            return self._tapped(index, module, output)
+            if module.training:
+                raise RuntimeError(
+                    f"layer {self.layers[index]} ran in train mode, where its output has the same statistics whatever "
+                    "its input; at='output' needs it in eval mode, as with freeze=True"
+                )
+            tapped = self._tapped(index, module, output)
+            # A view of the output could not be changed in place, as by the activation that often comes next.
+            return tapped.clone() if tapped.requires_grad else tapped
 
         return tap
 
@@ -228,12 +200,12 @@ class BatchNormStatistics:
             )
         output, mean, var = batch_norm_tap(activation, unbiased=self.unbiased)
         if in_backward():
-            grads = self._recomputation.take(index, mean)
+            grads = self._recomputation.take(index, mean) if torch.is_grad_enabled() else None
             return output if grads is None else joined(output, mean, var, *grads)
         if self._depth == 0 and self._forward.ended:
-            self._begin(known=False)
+            self._forward = Forward(known=False)
         forward = self._forward
-        if forward.known and forward.with_grad and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and in_autograd_function():
             mean, var = self._recomputation.leave(index, mean, var)
         targets = None
         if not self.freeze:
@@ -241,11 +213,19 @@ class BatchNormStatistics:
             targets = target_mean.clone(), target_var.clone()
         values = activation.numel() // channels
         if is_replica(module):
+            if not forward.known:
+                raise RuntimeError(
+                    "the model runs as a replica of DataParallel, whose parts of a batch cannot be told from other "
+                    "forwards; create BatchNormStatistics of the DataParallel module, or mark a forward by "
+                    "`with statistics.forward():`"
+                )
             with lock:
                 use = forward.number_use_of_replica(module)
                 forward.records.append(Record(index, use, values, mean, var, targets))
         else:
             forward.records.append(Record(index, forward.number_use(index), values, mean, var, targets))
+            if forward.repeated:
+                forward.records.clear()  # they cannot be read
         return output
 
     # What is made of it
@@ -253,15 +233,23 @@ class BatchNormStatistics:
     def _counted(self) -> list[Record]:
         """Return the records of the latest forward that count."""
         forward = self._forward
-        if not forward.records:
-            raise RuntimeError("no BatchNorm layer has run yet; call the model inside the with block first")
+        if not torch.is_grad_enabled() and in_autograd_function():
+            raise RuntimeError(
+                "the loss is read inside of what torch.utils.checkpoint runs with use_reentrant=True, where it has no "
+                "gradient; read it outside, or use use_reentrant=False"
+            )
         if forward.repeated:
+            forward.ended = True
             names = ", ".join(self.layers[index] for index in forward.repeated)
             raise RuntimeError(
                 f"{names} ran twice outside a call of the model, in one forward or in two, which cannot be told; call "
                 "the model itself, read the loss after each forward, or mark one by `with statistics.forward():`"
             )
-        forward.read = True
+        if not forward.records:
+            raise RuntimeError(
+                "no BatchNorm layer has run yet; call the model inside the with block first. (The layers of a traced "
+                "or exported network do not run; use the original network.)"
+            )
         if not forward.known:
             forward.ended = True
         records = merged(forward.records, self.unbiased) if forward.replica_uses is not None else forward.records

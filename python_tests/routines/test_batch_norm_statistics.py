@@ -45,7 +45,13 @@ def test_the_last_use_of_a_layer_alone():
 
 @pytest.mark.parametrize(
     "layers",
-    [["volume", "image"], (nn.BatchNorm3d, nn.BatchNorm2d), lambda name, module: name != "vector", ("image", "volume")],
+    [
+        ["volume", "image"],
+        nn.BatchNorm3d | nn.BatchNorm2d,
+        (nn.BatchNorm3d, nn.BatchNorm2d),
+        lambda name, module: name != "vector",
+        ("image", "volume"),
+    ],
 )
 def test_the_choice_of_layers(layers):
     model = trained_like(Ranks()).double()
@@ -76,6 +82,28 @@ def test_statistics_of_the_outputs(affine):
         # d mean / dx = w / (2 sqrt 4.5), d var / dx = w^2 (x - 2) / 4.5
         slope, spread = weight / (2 * 4.5**0.5), weight**2 * 3 / 4.5
         close(grad, torch.tensor([[slope - spread], [slope + spread]], dtype=F64))
+
+
+def test_outputs_may_be_changed_in_place_and_layers_must_be_in_eval_mode():
+    models = [
+        nn.Sequential(nn.Conv2d(2, 3, 3), trained_like(nn.BatchNorm2d(3)), nn.ReLU(inplace)).double().eval()
+        for inplace in (False, True)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    losses, grads = [], []
+    for model in models:
+        x = images()
+        with BatchNormStatistics(model, at="output") as statistics:
+            (model(x).square().sum() + statistics.loss()).backward()
+            losses.append(statistics.loss())
+            grads.append(x.grad)
+    close(losses[1], losses[0])
+    close(grads[1], grads[0])
+    with (
+        BatchNormStatistics(models[0].train(), at="output", freeze=False),
+        pytest.raises(RuntimeError, match="layer 1 ran in train mode, where its output has the same statistics"),
+    ):
+        models[0](x)
 
 
 # Which forward
@@ -130,6 +158,8 @@ def test_a_network_that_is_not_called(run):
         run(model)(images(1))
         with pytest.raises(RuntimeError, match=r"stages.0.1, .* ran twice outside a call of the model"):
             statistics.loss()
+        run(model)(images(1))  # after the refusal, the next forward stands for itself again
+        close(statistics.loss(), expected_of(model, images(1))[0])
         model(images(2))
         close(statistics.loss(), expected_of(model, images(2))[0])
         with statistics.forward():

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from networks import trained_like
+from networks import hooked_loss, trained_like
 from stages import close, expected_of, images, plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -81,17 +81,122 @@ def test_a_layer_that_runs_twice_in_checkpoints():
     close(grads[2], grads[0])
 
 
+def again(run, inner, outer):
+    """Return a function that runs a stage in a checkpoint inside of another."""
+    return lambda stage, x: run(lambda y: run(stage, y, use_reentrant=inner), x, use_reentrant=outer)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_checkpoints_in_checkpoints(inner, outer):
+    x = images()
+    loss, grad = expected_of(plain(), x)
+    with BatchNormStatistics(plain(again(checkpoint, inner, outer))) as statistics:
+        output = statistics.model(x)
+        close(statistics.loss(), loss)
+        (output.square().sum() + statistics.loss()).backward()
+    close(x.grad, grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_backwards_of_a_checkpointed_network(reentrant):
+    """The second of the same graph gives the same gradient; one of the output alone, that of the output."""
+    model, x = plain(lambda stage, x: checkpoint(stage, x, use_reentrant=reentrant)), images()
+    _, grad = expected_of(plain(), x)
+    (alone,) = torch.autograd.grad(plain().eval()(x).square().sum(), x)
+    with BatchNormStatistics(model) as statistics:
+        output = model(x).square().sum()
+        total = output + statistics.loss()
+        total.backward(retain_graph=True)
+        total.backward(retain_graph=True)
+        close(x.grad, 2 * grad)
+        x.grad = None
+        output.backward()
+        close(x.grad, alone)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_equal_images_in_two_checkpointed_forwards(reentrant):
+    """Each gets the gradient of its own loss, although their statistics are the same."""
+    model = plain(lambda stage, x: checkpoint(stage, x, use_reentrant=reentrant))
+    a, b = images(), images()
+    _, grad = expected_of(plain(), a)
+    with BatchNormStatistics(model) as statistics:
+        total = model(a).square().sum() + statistics.loss()
+        total = total + 3 * (model(b).square().sum() + statistics.loss())
+        total.backward()
+    close(a.grad, grad)
+    close(b.grad, 3 * grad)
+
+
 def test_a_gradient_that_cannot_reach_a_checkpointed_network_is_not_lost_in_silence():
     model, x = plain(lambda stage, x: checkpoint(stage, x, use_reentrant=True)), images()
-    statistics = BatchNormStatistics(model)
-    statistics.__enter__()
-    model(x)
-    statistics.loss().backward()
-    with pytest.raises(RuntimeError, match=r"gradient of the statistics of .* did not reach the network"):
-        model(x)
-    with pytest.raises(RuntimeError, match=r"gradient of the statistics of .* did not reach the network"):
-        statistics.__exit__(None, None, None)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    lost = pytest.raises(RuntimeError, match=r"statistics of stages.0.1, .* did not reach the network")
+    with BatchNormStatistics(model) as statistics:
+        output = model(x).square().sum()
+        loss = statistics.loss()
+        output.backward()
+        with lost:
+            loss.backward()
+        total = model(x).square().sum() + statistics.loss()
+    with lost:
+        total.backward()
+
+
+def test_a_loss_inside_a_checkpoint():
+    x = images()
+    _, grad = expected_of(plain(), x)
+    with BatchNormStatistics(plain()) as statistics:
+
+        def objective(x):
+            return statistics.model(x).square().sum() + statistics.loss()
+
+        checkpoint(objective, x, use_reentrant=False).backward()
+        close(x.grad, grad)
+        with pytest.raises(RuntimeError, match=r"the loss is read inside of what torch\.utils\.checkpoint runs"):
+            checkpoint(objective, x, use_reentrant=True)
+
+
+def test_nothing_piles_up():
+    """Neither forwards whose loss is not read, nor losses that are not differentiated."""
+    model = plain(lambda stage, x: checkpoint(stage, x, use_reentrant=True))
+    with BatchNormStatistics(model) as statistics:
+        for _ in range(5):
+            model(images())
+            statistics.loss()
+        assert sum(run() is not None for run in statistics._recomputation.runs) == 3
+        for _ in range(5):
+            model.forward(images())
+        assert not statistics._forward.records
+
+
+class Stem(nn.Module):
+    """A network whose first stage has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = plain()
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.model.stages[0](x)
+        return self.model.stages[1](x)
+
+
+def test_a_part_without_gradient_counts_as_a_constant():
+    """As it does with hooks."""
+    model, twin = Stem().eval(), Stem().eval()
+    x = images()
+    losses, _, output = hooked_loss(twin, x)
+    (output.square().sum() + sum(losses)).backward()
+    with BatchNormStatistics(model, freeze=False) as statistics:
+        for _ in range(2):
+            output = model(x)
+            close(statistics.loss(), sum(losses))
+        (output.square().sum() + statistics.loss()).backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (a.grad is None) is (b.grad is None)
+        assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_evaluation_without_gradients():
@@ -146,11 +251,26 @@ def test_replicas_are_merged(unbiased):
             assert list(statistics.losses()) == [(f"module.stages.{i}.1", 0) for i in range(3)]
             close(statistics.loss(), expected)
             close(torch.autograd.grad(output.square().sum() + statistics.loss(), x)[0], grad)
-    with (
-        BatchNormStatistics(inner),
-        pytest.raises(RuntimeError, match="create BatchNormStatistics of the DataParallel"),
-    ):
-        model(x)
+    with BatchNormStatistics(inner, unbiased=unbiased) as statistics:
+        with statistics.forward():
+            output = model(x)
+        close(statistics.loss(), expected)
+        close(torch.autograd.grad(output.square().sum() + statistics.loss(), x)[0], grad)
+        with pytest.raises(RuntimeError, match="create BatchNormStatistics of the DataParallel"):
+            model(x)
+        inner(x)
+        close(statistics.loss(), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_replicas_are_merged(reentrant):
+    model, x = Parallel(plain(lambda stage, x: checkpoint(stage, x, use_reentrant=reentrant))), images(count=7)
+    loss, grad = expected_of(plain(), x)
+    with BatchNormStatistics(model) as statistics:
+        output = model(x)
+        close(statistics.loss(), loss)
+        (output.square().sum() + statistics.loss()).backward()
+    close(x.grad, grad)
 
 
 # Trainable networks

@@ -66,6 +66,8 @@ def test_what_is_not_counted_is_named():
     with pytest.warns(UserWarning, match=r"1 \(InstanceNorm2d\), 2 \(BatchNormAct\) are not counted: at='output'"):
         assert BatchNormStatistics(model, at="output").layers == ["0"]
     assert BatchNormStatistics(model, layers=nn.BatchNorm2d).layers == ["0", "2"]
+    with pytest.raises(ValueError, match=r"those of 0 \(FrozenBatchNorm\) cannot be compared at='output'"):
+        BatchNormStatistics(nn.Sequential(FrozenBatchNorm(2)), at="output")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -206,6 +208,20 @@ def test_synchronized_batch_norm_is_covered():
 def test_wrong_arguments(call, text):
     with pytest.raises(ValueError, match=text):
         call(SmallCNN(4))
+
+
+@pytest.mark.parametrize("layers", [5, nn.BatchNorm2d(3)])
+def test_wrong_types_of_layers(layers):
+    with pytest.raises(TypeError, match="expected a list of names, a type or a tuple of types, or a function of name"):
+        BatchNormStatistics(SmallCNN(4), layers=layers)
+
+
+def test_networks_whose_layers_do_not_run():
+    model = torch.jit.trace(nn.Sequential(nn.BatchNorm2d(1)).eval(), torch.randn(2, 1, 3, 3))
+    with BatchNormStatistics(model) as statistics:
+        model(torch.randn(2, 1, 3, 3))
+        with pytest.raises(RuntimeError, match="layers of a traced or exported network do not run"):
+            statistics.loss()
 
 
 def test_wrong_uses():
