@@ -33,7 +33,7 @@ class frozen:  # noqa: N801  (used like torch.no_grad)
         self.model = model
 
     def __enter__(self) -> nn.Module:
-        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self._requires_grad = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         self._training = [(module, module.training) for module in self.model.modules()]
         self._values: dict[str, Tensor] = {}
         if any(training for _, training in self._training):
@@ -53,15 +53,15 @@ class frozen:  # noqa: N801  (used like torch.no_grad)
                 for name, value in self._values.items():
                     if not torch.equal(tensors[name], value):
                         tensors[name].copy_(value)
-        for parameter, requires_grad in self._requires_grad:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in self.model.named_parameters():  # by name, because a mode may make other parameters
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
 
 def _changed_by_modes(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of the modules whose ``train()`` or ``eval()`` may do more than set a flag."""
     plain = (nn.Module.train, nn.Module.eval)
     return {
-        f"{name}.{own}": tensor
+        f"{name}.{own}" if name else own: tensor
         for name, module in model.named_modules()
         if (type(module).train, type(module).eval) != plain or {"train", "eval"} & module.__dict__.keys()
         for own, tensor in (*module.named_parameters(), *module.named_buffers())

@@ -36,6 +36,8 @@ class Forward:
 
     def __init__(self, known: bool) -> None:
         self.known = known
+        self.with_grad = torch.is_grad_enabled()
+        self.compiled_without_grad = False  # whether a layer ran so in a forward with gradients
         self.ended = False
         self.records: list[Record] = []
         self.repeated: list[int] = []  # layers that ran again where it is not known whether in this forward

@@ -4,6 +4,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -131,9 +132,11 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def in_autograd_function() -> bool:
-    """Tell whether the forward of an autograd function runs, as that of a reentrant checkpoint does."""
-    frame = None if torch.compiler.is_compiling() else sys._getframe()
+def in_first_run() -> bool:
+    """Tell whether the forward of an autograd function runs without gradients, as a reentrant checkpoint's does."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not _APPLY:
         frame = frame.f_back
     return frame is not None

@@ -12,7 +12,7 @@ from kdkernels._networks import frozen
 from kdkernels.functional import batch_norm_stat_distances, batch_norm_tap
 from kdkernels.inversion._forwards import Forward, LayerUse, Record, is_replica, lock, merged
 from kdkernels.inversion._layers import At, Layers, find_layers, targets_of
-from kdkernels.inversion._recomputation import Recomputation, in_autograd_function, in_backward, joined
+from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined
 from kdkernels.ops._checks import check_choice
 from kdkernels.ops._types import Mode, Moment
 
@@ -86,6 +86,8 @@ class BatchNormStatistics:
         at: At = "input",
         freeze: bool = True,
     ) -> None:
+        check_choice("mode", mode, ("l2", "squared", "gaussian_kl"))
+        check_choice("moment", moment, ("var", "std"))
         check_choice("uses", uses, ("all", "last"))
         check_choice("at", at, ("input", "output"))
         self.model = model
@@ -177,7 +179,7 @@ class BatchNormStatistics:
 
     def _after(self, index: int) -> Any:
         def tap(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            if module.training:
+            if module.training and module is self._modules[index]:
                 raise RuntimeError(
                     f"layer {self.layers[index]} ran in train mode, where its output has the same statistics whatever "
                     "its input; at='output' needs it in eval mode, as with freeze=True"
@@ -205,8 +207,10 @@ class BatchNormStatistics:
         if self._depth == 0 and self._forward.ended:
             self._forward = Forward(known=False)
         forward = self._forward
-        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and in_autograd_function():
+        if in_first_run():
             mean, var = self._recomputation.leave(index, mean, var)
+        if torch.compiler.is_compiling() and forward.with_grad and not torch.is_grad_enabled():
+            forward.compiled_without_grad = True
         targets = None
         if not self.freeze:
             target_mean, target_var = targets_of(self._modules[index], self.at)
@@ -233,10 +237,15 @@ class BatchNormStatistics:
     def _counted(self) -> list[Record]:
         """Return the records of the latest forward that count."""
         forward = self._forward
-        if not torch.is_grad_enabled() and in_autograd_function():
+        if in_first_run():
             raise RuntimeError(
                 "the loss is read inside of what torch.utils.checkpoint runs with use_reentrant=True, where it has no "
                 "gradient; read it outside, or use use_reentrant=False"
+            )
+        if forward.compiled_without_grad:
+            raise RuntimeError(
+                "layers ran without gradients in compiled code, where torch.no_grad() and torch.utils.checkpoint with "
+                "use_reentrant=True cannot be told apart; use use_reentrant=False, or do not compile this part"
             )
         if forward.repeated:
             forward.ended = True

@@ -157,6 +157,25 @@ def test_a_loss_inside_a_checkpoint():
             checkpoint(objective, x, use_reentrant=True)
 
 
+def test_a_compiled_part_in_a_checkpoint():
+    torch._dynamo.reset()
+    x = images()
+    loss, grad = expected_of(plain(), x)
+    for reentrant in (False, True):
+        model = plain(lambda stage, x, r=reentrant: checkpoint(stage, x, use_reentrant=r))
+        for stage in model.stages:
+            stage.compile(backend="aot_eager")
+        with BatchNormStatistics(model) as statistics:
+            output = model(x)
+            if reentrant:
+                with pytest.raises(RuntimeError, match="without gradients in compiled code"):
+                    statistics.loss()
+            else:
+                close(statistics.loss(), loss)
+                (output.square().sum() + statistics.loss()).backward()
+                close(x.grad, grad)
+
+
 def test_nothing_piles_up():
     """Neither forwards whose loss is not read, nor losses that are not differentiated."""
     model = plain(lambda stage, x: checkpoint(stage, x, use_reentrant=True))

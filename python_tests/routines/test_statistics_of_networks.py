@@ -98,6 +98,29 @@ def test_a_compiled_network(fullgraph):
             close(torch.autograd.grad(output.square().sum() + statistics.loss(), x)[0], grad)
 
 
+def test_a_compiled_network_without_gradients():
+    torch._dynamo.reset()
+    model, x = plain(), images()
+    with BatchNormStatistics(model) as statistics, torch.no_grad():
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        found = statistics.loss()
+    close(found, expected_of(model, x)[0].detach())
+
+
+def test_functional_transforms():
+    model, x = plain(), images()
+    _, grad = expected_of(model, x)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    with BatchNormStatistics(model) as statistics:
+
+        def objective(x):
+            return torch.func.functional_call(model, tensors, (x,)).square().sum() + statistics.loss()
+
+        close(torch.func.grad(objective)(x.detach()), grad)
+        assert torch.autograd.gradcheck(objective, x)
+        assert torch.autograd.gradgradcheck(objective, x)
+
+
 # The network is given back
 
 
@@ -117,6 +140,28 @@ class LowRank(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) if self.merged else super().forward(x) + x @ (self.a @ self.b).t()
+
+
+class Replacing(nn.Module):
+    """A network that makes other parameters for each mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.bn = nn.Parameter(torch.ones(2), requires_grad=False), nn.BatchNorm1d(2)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.scale = nn.Parameter(self.scale.detach() * (0.1 if mode else 10))
+        return self
+
+
+def test_parameters_that_a_mode_replaces():
+    model = Replacing()
+    before = copy.deepcopy(model.state_dict())
+    with BatchNormStatistics(model):
+        assert not model.scale.requires_grad
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -201,6 +246,7 @@ def test_synchronized_batch_norm_is_covered():
         ),
         (lambda m: BatchNormStatistics(m, layers=[]), "layers chooses none of the layers with statistics, 1, 4, 7"),
         (lambda m: BatchNormStatistics(m, layers=nn.BatchNorm1d), "layers chooses none"),
+        (lambda m: BatchNormStatistics(m, mode="l3"), "mode is 'l3'; accepted are 'l2', 'squared', 'gaussian_kl'"),
         (lambda m: BatchNormStatistics(m, uses="first"), "uses is 'first'; accepted are 'all', 'last'"),
         (lambda m: BatchNormStatistics(m, at="middle"), "at is 'middle'; accepted are 'input', 'output'"),
     ],
