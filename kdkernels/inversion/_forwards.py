@@ -31,14 +31,16 @@ class Forward:
 
     Args:
         known: Whether its beginning and end are known, because it is a call of the network itself.
+        mark: The mark of its replicas, if ``DataParallel`` runs the network, which is not called itself then.
 
     """
 
-    def __init__(self, known: bool) -> None:
+    def __init__(self, known: bool, mark: object = None) -> None:
         self.known = known
+        self.mark = mark
         self.with_grad = torch.is_grad_enabled()
         self.compiled_without_grad = False  # whether a layer ran so in a forward with gradients
-        self.ended = False
+        self.ended = mark is not None
         self.records: list[Record] = []
         self.repeated: list[int] = []  # layers that ran again where it is not known whether in this forward
         self.uses: dict[int, int] = {}  # so far, by layer
@@ -84,6 +86,35 @@ def _merge(parts: list[Record], unbiased: bool) -> Record:
     ]
     var = torch.stack(squares).sum(0) / (count - int(unbiased))
     return parts[0]._replace(values=count, mean=mean, var=var)
+
+
+class Replicas:
+    """Tells which forward a replica of ``DataParallel`` belongs to.
+
+    A replica has the attributes that its module had when it was made, and all replicas of a forward are made before
+    the first of them runs. If the modules get another mark then, replicas have the same mark if their forward is the
+    same. Copies of a network have copies of the mark, and so have their replicas.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.name = f"_mark_of_statistics_{id(self)}"
+        self.mark: object = None
+
+    def renew(self) -> None:
+        """Give the modules another mark."""
+        self.mark = object()
+        for module in self.modules:
+            module.__dict__[self.name] = self.mark
+
+    def remove(self) -> None:
+        """Take the marks away."""
+        for module in self.modules:
+            module.__dict__.pop(self.name, None)
+
+    def mark_of(self, module: nn.Module) -> object:
+        """Return the mark of a replica."""
+        return module.__dict__.get(self.name)
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -87,9 +87,9 @@ class Recomputation:
         if lost:
             raise RuntimeError(
                 f"the gradient of the statistics of {', '.join(self.names[layer] for layer in lost)} did not reach the "
-                "network: these layers ran under torch.utils.checkpoint with use_reentrant=True, which needs one "
-                "backward() of the network's output and the loss together, inside the with block. Add both, or use "
-                "use_reentrant=False"
+                "network: these layers ran inside an autograd function, as torch.utils.checkpoint with "
+                "use_reentrant=True runs them, which needs one backward() of the network's output and the loss together, "
+                "inside the with block. Add both, or use use_reentrant=False"
             )
 
 

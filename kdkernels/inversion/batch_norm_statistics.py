@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdkernels._networks import frozen
 from kdkernels.functional import batch_norm_stat_distances, batch_norm_tap
-from kdkernels.inversion._forwards import Forward, LayerUse, Record, is_replica, lock, merged
+from kdkernels.inversion._forwards import Forward, LayerUse, Record, Replicas, is_replica, lock, merged
 from kdkernels.inversion._layers import At, Layers, find_layers, targets_of
 from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined
 from kdkernels.ops._checks import check_choice
@@ -31,8 +31,11 @@ class BatchNormStatistics:
     The records belong to a forward. A call of the network begins one, and :meth:`loss` is that of the latest; a loss
     stays valid when another forward follows. Where the network is run by something else than a call of it, as in
     ``model.forward_features(x)``, reading the loss ends the forward; if a layer ran twice before, it cannot be told
-    whether in one forward or in two, and :meth:`loss` raises. :meth:`forward` marks one. Activation checkpointing of
-    both kinds is supported, and so is ``DataParallel``, whose parts of a batch are merged.
+    whether in one forward or in two, and :meth:`loss` raises. :meth:`forward` marks one. A layer that does not run
+    does not count, and one that runs under ``torch.no_grad()`` counts as a constant.
+
+    The parts of a batch in ``DataParallel`` are merged. Activation checkpointing of both kinds is supported if the
+    backward runs inside the ``with`` block; with ``use_reentrant=True`` it must be one backward of output and loss.
 
     Args:
         model: Network with BatchNorm layers that keep running statistics. A frozen batch normalization, or any other
@@ -41,12 +44,12 @@ class BatchNormStatistics:
         moment: Second moment to compare: ``"var"`` or ``"std"``.
         unbiased: Whether the batch variance is divided by n - 1.
         layers: Layers to count: a list of names, a type or a tuple of types, or a function of name and module. By
-            default all; the published code leaves BatchNorm1d out.
+            default all; ``torch.nn.BatchNorm2d`` leaves BatchNorm1d out, as the published code does.
         uses: Uses of a layer that runs several times in a forward: ``"all"`` count, or the ``"last"``, as in the
             published code.
         at: Whether the statistics are those of the layers' ``"input"``, or of their ``"output"``, which are compared
             with what the layer makes of its running statistics: mean bias, variance weight^2 running_var /
-            (running_var + eps).
+            (running_var + eps). Outputs are those of torch's own layers in eval mode, and are copied.
         freeze: Whether to hold the network in eval mode with frozen parameters. Otherwise it is left as it is and
             gradients reach the parameters; the running statistics are those from before the layer's forward.
 
@@ -54,6 +57,7 @@ class BatchNormStatistics:
         layers: Names of the layers in the order of ``model.modules()``, which is also the order of the weights.
 
     Raises:
+        TypeError: If ``layers`` is not one of these.
         ValueError: If the model has no BatchNorm layer, or one without running statistics, or an argument is not
             accepted.
 
@@ -102,6 +106,7 @@ class BatchNormStatistics:
         self._modules = list(found.values())
         self._channels = [len(module.running_mean) for module in found.values()]  # type: ignore[arg-type]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._replicas = Replicas(self._modules)
         self._frozen = frozen(model) if freeze else nullcontext()
         self._reset()
 
@@ -110,6 +115,7 @@ class BatchNormStatistics:
             raise RuntimeError("this BatchNormStatistics is already active; create another one")
         self._reset()
         self._frozen.__enter__()
+        self._replicas.renew()
         # Functions, because a copy of the network would copy this object with its methods.
         self._handles = [
             self.model.register_forward_pre_hook(lambda module, arguments: self._enter(module), prepend=True),
@@ -129,6 +135,7 @@ class BatchNormStatistics:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._replicas.remove()
         self._reset()
         self._frozen.__exit__(kind, error, traceback)
 
@@ -190,10 +197,26 @@ class BatchNormStatistics:
 
         return tap
 
+    def _forward_of(self, index: int, module: nn.Module) -> Forward | None:
+        """Return the forward that a layer or its replica runs in, or None for a copy of the layer with its hooks."""
+        if module is self._modules[index]:
+            if self._depth == 0 and self._forward.ended and not in_backward():
+                self._forward = Forward(known=False)
+            return self._forward
+        if not is_replica(module):
+            return None
+        with lock:
+            mark = self._replicas.mark_of(module)
+            if mark is self._replicas.mark and self._depth == 0:
+                self._forward = Forward(known=True, mark=mark)
+                self._replicas.renew()
+            return self._forward if mark in (self._forward.mark, self._replicas.mark) else None
+
     def _tapped(self, index: int, module: nn.Module, activation: Tensor) -> Tensor:
         """Record the statistics of an activation and return it, with their gradients joined to its own."""
-        if module is not self._modules[index] and not is_replica(module):
-            return activation  # of a copy that was made of the network, with its hooks
+        forward = self._forward_of(index, module)
+        if forward is None:
+            return activation
         channels = self._channels[index]
         if activation.dim() < 2 or activation.shape[1] != channels:
             raise ValueError(
@@ -204,9 +227,6 @@ class BatchNormStatistics:
         if in_backward():
             grads = self._recomputation.take(index, mean) if torch.is_grad_enabled() else None
             return output if grads is None else joined(output, mean, var, *grads)
-        if self._depth == 0 and self._forward.ended:
-            self._forward = Forward(known=False)
-        forward = self._forward
         if in_first_run():
             mean, var = self._recomputation.leave(index, mean, var)
         if torch.compiler.is_compiling() and forward.with_grad and not torch.is_grad_enabled():
@@ -217,12 +237,6 @@ class BatchNormStatistics:
             targets = target_mean.clone(), target_var.clone()
         values = activation.numel() // channels
         if is_replica(module):
-            if not forward.known:
-                raise RuntimeError(
-                    "the model runs as a replica of DataParallel, whose parts of a batch cannot be told from other "
-                    "forwards; create BatchNormStatistics of the DataParallel module, or mark a forward by "
-                    "`with statistics.forward():`"
-                )
             with lock:
                 use = forward.number_use_of_replica(module)
                 forward.records.append(Record(index, use, values, mean, var, targets))
