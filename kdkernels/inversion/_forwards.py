@@ -35,7 +35,7 @@ class Forward:
 
     """
 
-    def __init__(self, known: bool, mark: object = None) -> None:
+    def __init__(self, known: bool, mark: "Mark | None" = None) -> None:
         self.known = known
         self.mark = mark
         self.with_grad = torch.is_grad_enabled()
@@ -88,22 +88,28 @@ def _merge(parts: list[Record], unbiased: bool) -> Record:
     return parts[0]._replace(values=count, mean=mean, var=var)
 
 
+class Mark:
+    """What replicas of the same forward have in common."""
+
+
 class Replicas:
     """Tells which forward a replica of ``DataParallel`` belongs to.
 
     A replica has the attributes that its module had when it was made, and all replicas of a forward are made before
     the first of them runs. If the modules get another mark then, replicas have the same mark if their forward is the
-    same. Copies of a network have copies of the mark, and so have their replicas.
+    same. A copy of a network has a copy of the mark, which is another one.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.name = f"_mark_of_statistics_{id(self)}"
-        self.mark: object = None
+        self.mark = Mark()
+        self.marks: weakref.WeakSet[Mark] = weakref.WeakSet()  # that a replica may still have
 
     def renew(self) -> None:
         """Give the modules another mark."""
-        self.mark = object()
+        self.mark = Mark()
+        self.marks.add(self.mark)
         for module in self.modules:
             module.__dict__[self.name] = self.mark
 
@@ -112,9 +118,10 @@ class Replicas:
         for module in self.modules:
             module.__dict__.pop(self.name, None)
 
-    def mark_of(self, module: nn.Module) -> object:
-        """Return the mark of a replica."""
-        return module.__dict__.get(self.name)
+    def mark_of(self, replica: nn.Module) -> Mark | None:
+        """Return the mark of a replica, or None if it is of another network."""
+        mark: Mark | None = replica.__dict__.get(self.name)
+        return mark if mark in self.marks else None
 
 
 def is_replica(module: nn.Module) -> bool:

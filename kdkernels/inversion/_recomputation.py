@@ -2,7 +2,6 @@
 
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -44,15 +43,12 @@ class Recomputation:
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
-        self.runs: list[weakref.ref[FirstRun]] = []  # kept alive by the graphs of their losses
         self.received: list[FirstRun] = []
         self.lock = threading.Lock()
 
     def leave(self, layer: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Return the statistics of a first run, such that their gradients are collected."""
-        run = FirstRun(self, layer, mean.detach())
-        with self.lock:
-            self.runs = [other for other in self.runs if other() is not None] + [weakref.ref(run)]
+        run = FirstRun(self, layer, mean.detach())  # lives as long as the graph of the loss
         with torch.enable_grad():
             return left(mean.new_zeros(()).requires_grad_(), mean, var, run)
 
@@ -88,8 +84,8 @@ class Recomputation:
             raise RuntimeError(
                 f"the gradient of the statistics of {', '.join(self.names[layer] for layer in lost)} did not reach the "
                 "network: these layers ran inside an autograd function, as torch.utils.checkpoint with "
-                "use_reentrant=True runs them, which needs one backward() of the network's output and the loss together, "
-                "inside the with block. Add both, or use use_reentrant=False"
+                "use_reentrant=True runs them, which needs one backward() of the network's output and the loss "
+                "together, inside the with block. Add both, or use use_reentrant=False"
             )
 
 

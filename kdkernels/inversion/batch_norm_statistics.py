@@ -207,10 +207,10 @@ class BatchNormStatistics:
             return None
         with lock:
             mark = self._replicas.mark_of(module)
-            if mark is self._replicas.mark and self._depth == 0:
+            if mark is self._replicas.mark and self._depth == 0 and not in_backward():
                 self._forward = Forward(known=True, mark=mark)
                 self._replicas.renew()
-            return self._forward if mark in (self._forward.mark, self._replicas.mark) else None
+            return None if mark is None else self._forward
 
     def _tapped(self, index: int, module: nn.Module, activation: Tensor) -> Tensor:
         """Record the statistics of an activation and return it, with their gradients joined to its own."""

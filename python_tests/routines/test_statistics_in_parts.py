@@ -1,6 +1,7 @@
 """The statistics of a network that runs in parts: checkpoints, replicas, and training."""
 
 import copy
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from kdkernels.inversion import BatchNormStatistics
+from kdkernels.inversion._recomputation import FirstRun
 
 # Activation checkpointing
 
@@ -183,7 +185,9 @@ def test_nothing_piles_up():
         for _ in range(5):
             model(images())
             statistics.loss()
-        assert sum(run() is not None for run in statistics._recomputation.runs) == 3
+        gc.collect()
+        runs = [found for found in gc.get_objects() if type(found) is FirstRun]
+        assert sum(run.recomputation is statistics._recomputation for run in runs) == 3
         for _ in range(5):
             model.forward(images())
         assert not statistics._forward.records
@@ -292,14 +296,21 @@ def test_replicas_are_merged(unbiased):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_replicas_are_merged(reentrant):
-    model, x = Parallel(plain(lambda stage, x: checkpoint(stage, x, use_reentrant=reentrant))), images(count=7)
-    loss, grad = expected_of(plain(), x)
-    with BatchNormStatistics(model) as statistics:
-        output = model(x)
-        close(statistics.loss(), loss)
-        (output.square().sum() + statistics.loss()).backward()
-    close(x.grad, grad)
+@pytest.mark.parametrize("of", ["inner", "outer"])
+def test_checkpointed_replicas_are_merged(reentrant, of):
+    inner = plain(lambda stage, x: checkpoint(stage, x, use_reentrant=reentrant))
+    model, a, b = Parallel(inner), images(0, count=7), images(1, count=7)
+    (loss_a, grad_a), (loss_b, grad_b) = expected_of(plain(), a), expected_of(plain(), b)
+    with BatchNormStatistics(inner if of == "inner" else model) as statistics:
+        total = model(a).square().sum() + statistics.loss()
+        total = total + model(b).square().sum() + statistics.loss()
+        close(statistics.loss(), loss_b)
+        total.backward()
+        close(statistics.loss(), loss_b)
+        model(a)
+        close(statistics.loss(), loss_a)
+    close(a.grad, grad_a)
+    close(b.grad, grad_b)
 
 
 # Trainable networks
