@@ -38,6 +38,7 @@ class Forward:
     def __init__(self, known: bool, mark: "Mark | None" = None) -> None:
         self.known = known
         self.mark = mark
+        self.failed = False
         self.with_grad = torch.is_grad_enabled()
         self.compiled_without_grad = False  # whether a layer ran so in a forward with gradients
         self.ended = mark is not None

@@ -1,7 +1,7 @@
 """The layers of a network whose statistics are compared, and what they are compared with."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal
 
@@ -109,6 +109,23 @@ def _with_statistics(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     if lazy:
         raise ValueError(f"model has layers whose shape is not known yet: {lazy}; run it once on a batch of images")
     return layers
+
+
+def weights_of(weights: Sequence[float] | Mapping[str, float], names: list[str]) -> list[float]:
+    """Return one weight for each layer.
+
+    Raises:
+        ValueError: If their number is another, or a name is not that of a layer.
+
+    """
+    if isinstance(weights, Mapping):
+        unknown = [name for name in weights if name not in names]
+        if unknown:
+            raise ValueError(f"weights names {unknown}; the layers are {', '.join(names)}")
+        return [float(weights.get(name, 1.0)) for name in names]
+    if len(weights) != len(names):
+        raise ValueError(f"weights has {len(weights)} values; expected one for each of the {len(names)} layers")
+    return [float(weight) for weight in weights]
 
 
 def targets_of(module: Any, at: At) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Statistics of every BatchNorm layer in a forward, and their distance from the running statistics."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from kdkernels._networks import frozen
 from kdkernels.functional import batch_norm_stat_distances, batch_norm_tap
 from kdkernels.inversion._forwards import Forward, LayerUse, Record, Replicas, is_replica, lock, merged
-from kdkernels.inversion._layers import At, Layers, find_layers, targets_of
+from kdkernels.inversion._layers import At, Layers, find_layers, targets_of, weights_of
 from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined
 from kdkernels.ops._checks import check_choice
 from kdkernels.ops._types import Mode, Moment
@@ -119,7 +120,9 @@ class BatchNormStatistics:
         # Functions, because a copy of the network would copy this object with its methods.
         self._handles = [
             self.model.register_forward_pre_hook(lambda module, arguments: self._enter(module), prepend=True),
-            self.model.register_forward_hook(lambda module, arguments, output: self._leave(module), always_call=True),
+            self.model.register_forward_hook(
+                lambda module, arguments, output: self._leave(module, output), always_call=True
+            ),
         ]
         for index, module in enumerate(self._modules):
             if self.at == "input":
@@ -154,9 +157,11 @@ class BatchNormStatistics:
             self._forward = Forward(known=True)
         self._depth += 1
 
-    def _leave(self, module: nn.Module) -> None:
+    def _leave(self, module: nn.Module, output: Any) -> None:
         if in_backward() or module is not self.model or self._depth == 0:
             return
+        if output is None and sys.exc_info()[1] is not None:
+            self._forward.failed = True
         self._depth -= 1
         if self._depth == 0:
             self._forward.ended = True
@@ -169,6 +174,9 @@ class BatchNormStatistics:
         self._depth += 1
         try:
             yield
+        except BaseException:
+            self._forward.failed = True
+            raise
         finally:
             self._depth -= 1
             self._forward.ended = self._depth == 0
@@ -261,6 +269,8 @@ class BatchNormStatistics:
                 "layers ran without gradients in compiled code, where torch.no_grad() and torch.utils.checkpoint with "
                 "use_reentrant=True cannot be told apart; use use_reentrant=False, or do not compile this part"
             )
+        if forward.failed:
+            raise RuntimeError("the latest forward ended in an error, so that it has no loss; call the model again")
         if forward.repeated:
             forward.ended = True
             names = ", ".join(self.layers[index] for index in forward.repeated)
@@ -335,14 +345,6 @@ class BatchNormStatistics:
         losses = self._distances(records)
         if weights is None:
             return losses.sum()
-        if isinstance(weights, Mapping):
-            unknown = [name for name in weights if name not in self.layers]
-            if unknown:
-                raise ValueError(f"weights names {unknown}; the layers are {', '.join(self.layers)}")
-            weights = [weights.get(name, 1.0) for name in self.layers]
-        if len(weights) != len(self.layers):
-            raise ValueError(
-                f"weights has {len(weights)} values; expected one for each of the {len(self.layers)} layers"
-            )
-        chosen = torch.tensor([float(weights[record.layer]) for record in records], dtype=losses.dtype)
+        of_layers = weights_of(weights, self.layers)
+        chosen = torch.tensor([of_layers[record.layer] for record in records], dtype=losses.dtype)
         return (losses * chosen.to(losses.device)).sum()

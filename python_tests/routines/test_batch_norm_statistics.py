@@ -1,5 +1,7 @@
 """The statistics of a network's BatchNorm layers: values, choice of layers, and which forward they are of."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from networks import hooked_loss, trained_like
@@ -181,13 +183,17 @@ def test_features_and_head_are_one_forward():
 
 
 def test_a_forward_that_fails_does_not_disturb_the_next():
-    model = plain()
+    model, x = plain(), images()
     with BatchNormStatistics(model) as statistics:
-        with pytest.raises(RuntimeError):
-            model(torch.randn(2, 2, 6, 5))  # fp32 images for a network in fp64
-        x = images()
-        model(x)
-        close(statistics.loss(), expected_of(model, x)[0])
+        for marked in (nullcontext, statistics.forward):
+            stop = model.stages[2].register_forward_pre_hook(lambda module, inputs: 1 / 0)
+            with pytest.raises(ZeroDivisionError), marked():
+                model(x)
+            stop.remove()
+            with pytest.raises(RuntimeError, match="the latest forward ended in an error"):
+                statistics.loss()  # of the first two stages
+            model(x)
+            close(statistics.loss(), expected_of(model, x)[0])
 
 
 def test_keyword_calls_of_a_layer():
