@@ -90,7 +90,10 @@ def _merge(parts: list[Record], unbiased: bool) -> Record:
 
 
 class Mark:
-    """What replicas of the same forward have in common."""
+    """What replicas of the same forward have in common. A copy of it has a copy of the owner."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
 
 
 class Replicas:
@@ -104,13 +107,12 @@ class Replicas:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.name = f"_mark_of_statistics_{id(self)}"
-        self.mark = Mark()
-        self.marks: weakref.WeakSet[Mark] = weakref.WeakSet()  # that a replica may still have
+        self.owner = object()
+        self.mark = Mark(self.owner)
 
     def renew(self) -> None:
         """Give the modules another mark."""
-        self.mark = Mark()
-        self.marks.add(self.mark)
+        self.mark = Mark(self.owner)
         for module in self.modules:
             module.__dict__[self.name] = self.mark
 
@@ -122,7 +124,7 @@ class Replicas:
     def mark_of(self, replica: nn.Module) -> Mark | None:
         """Return the mark of a replica, or None if it is of another network."""
         mark: Mark | None = replica.__dict__.get(self.name)
-        return mark if mark in self.marks else None
+        return mark if mark is not None and mark.owner is self.owner else None
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+lock = threading.Lock()  # of none of them, because their owners may be copied and pickled
+
 
 class FirstRun:
     """The first run of a layer that is computed again in the backward, and the gradients of its statistics.
@@ -44,7 +46,6 @@ class Recomputation:
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.received: list[FirstRun] = []
-        self.lock = threading.Lock()
 
     def leave(self, layer: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Return the statistics of a first run, such that their gradients are collected."""
@@ -55,13 +56,13 @@ class Recomputation:
     def receive(self, run: FirstRun, grads: tuple[Tensor | None, ...]) -> None:
         """Keep the gradients of a first run until the backward ends."""
         run.grads, run.taken = grads, False
-        with self.lock:
+        with lock:
             self.received.append(run)
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def take(self, layer: int, mean: Tensor) -> tuple[Tensor | None, ...] | None:
         """Return the gradients that the first run has got, or None if there are none."""
-        with self.lock:
+        with lock:
             same = [
                 run
                 for run in self.received
@@ -75,7 +76,7 @@ class Recomputation:
             return run.grads
 
     def _finish(self) -> None:
-        with self.lock:
+        with lock:
             received, self.received = self.received, []
         for run in received:
             run.grads = None

@@ -36,11 +36,11 @@ class Plain(nn.Module):
             nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()) for c in (2, 4, 4)
         )
         self.head = nn.Linear(4, 3)
-        self.run = run or (lambda stage, x: stage(x))
+        self.run = run
 
     def forward_features(self, x):
         for stage in self.stages:
-            x = self.run(stage, x)
+            x = self.run(stage, x) if self.run else stage(x)
         return x
 
     def forward(self, x):

@@ -1,6 +1,7 @@
 """The statistics of other kinds of networks, which are given back as they were."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -189,6 +190,17 @@ def test_a_copy_of_the_network_is_another_network():
         assert torch.equal(statistics.loss(), expected)
         torch.func.functional_call(model, dict(model.named_parameters()), (images(1),))
         close(statistics.loss(), expected_of(model, images(1))[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda statistics: pickle.loads(pickle.dumps(statistics))])
+def test_a_copy_of_the_statistics_is_of_a_copy_of_the_network(copied):
+    statistics, x = BatchNormStatistics(plain()), images()
+    other = copied(statistics)
+    with statistics, other:
+        statistics.model(x)
+        other.model(x * 2)
+        close(other.loss(), expected_of(plain(), x * 2)[0])
+        close(statistics.loss(), expected_of(plain(), x)[0])
 
 
 def test_model_is_restored():
