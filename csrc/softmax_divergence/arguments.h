@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -100,16 +101,16 @@ struct SoftmaxArguments {
   }
 
   // Sets what the sum over the positions is divided by.
-  void choose_divisor(const std::string& reduction, int64_t dims, int64_t batch, int64_t positions) {
-    if (reduction == "batchmean" && dims > 1) divisor = double(batch);
+  void choose_divisor(const std::string& reduction, int64_t batch, int64_t positions) {
+    if (reduction == "batchmean") divisor = double(batch);
     if (reduction == "mean") divisor = double(positions);
     divide_by_kept = reduction == "mean" && labels != nullptr;
   }
 };
 
 inline void check_temperature(double temperature) {
-  if (!(temperature > 0)) {
-    throw std::invalid_argument("temperature must be positive, got " + std::to_string(temperature));
+  if (!(temperature > 0 && temperature <= std::numeric_limits<double>::max())) {
+    throw std::invalid_argument("temperature must be positive and finite, got " + std::to_string(temperature));
   }
 }
 

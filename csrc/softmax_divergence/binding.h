@@ -48,7 +48,7 @@ class SoftmaxPreparation {
     labels_ = dense(given.labels);
     if (labels_) arguments.labels = labels_->const_data_ptr<int64_t>();
     arguments.ignored_label = given.ignore_index;
-    arguments.choose_divisor(given.reduction, given.input.dim(), given.input.size(0), positions());
+    arguments.choose_divisor(given.reduction, given.input.size(0), positions());
   }
 
   void add(OperandIndex index, const Tensor& tensor) {

@@ -63,10 +63,26 @@ std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::
   return {loss, gradient};
 }
 
-std::tuple<Tensor, Tensor> softmax_divergence_backward(
+// Adds up the derivatives of the loss by the temperature and by the weight of the divergence.
+template <class S>
+void sum_scalar_gradients(const SoftmaxCall& call, S* result) {
+  const S* const by_temperature = static_cast<const S*>(call.scalar_gradients);
+  const S* const grad_output = static_cast<const S*>(call.grad_output);
+  double temperature = 0, weight = 0;
+  for (int64_t i = 0; i < call.positions && call.divergence_weight != 0; ++i) {
+    if (call.labels != nullptr && call.labels[i] == call.ignored_label) continue;
+    const double grad = double(grad_output[i * call.grad_stride]) * call.normalizer;
+    temperature += grad * call.divergence_weight * double(by_temperature[i]);
+    weight += grad * double(by_temperature[call.positions + i]);
+  }
+  result[0] = S(temperature);
+  result[1] = S(weight);
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_divergence_backward(
     Tensor grad_output, std::optional<Tensor> /*saved*/, Tensor input, Tensor target, std::optional<Tensor> labels,
     Tensor temperature, Tensor divergence_weight, Tensor label_weight, Tensor beta, int64_t dim, std::string divergence,
-    std::string reduction, int64_t ignore_index, bool input_gradient, bool target_gradient) {
+    std::string reduction, int64_t ignore_index, bool input_gradient, bool target_gradient, bool scalar_gradients) {
   Preparation preparation({input, target, labels, temperature, divergence_weight, label_weight, beta, dim, divergence,
                            reduction, ignore_index},
                           read_scalar);
@@ -77,8 +93,20 @@ std::tuple<Tensor, Tensor> softmax_divergence_backward(
   if (target_gradient) preparation.add(teacher_gradient, grad_target);
   const Tensor grad = torch::stable::contiguous(grad_output);
   preparation.set_grad_output(grad, reduction);
-  run(call_of(preparation));
-  return {grad_input, grad_target};
+  SoftmaxCall call = call_of(preparation);
+  if (!scalar_gradients) {
+    run(call);
+    return {grad_input, grad_target, nothing(grad)};
+  }
+  const Tensor of_positions = torch::stable::new_empty(grad, std::array<int64_t, 2>{2, call.positions});
+  Tensor result = torch::stable::new_empty(grad, std::array<int64_t, 1>{2});
+  call.scalar_gradients = of_positions.mutable_data_ptr();
+  run(call);
+  dispatch_compute_type(call.is_double, [&](auto type) {
+    using S = typename decltype(type)::type;
+    sum_scalar_gradients(call, static_cast<S*>(result.mutable_data_ptr()));
+  });
+  return {grad_input, grad_target, result};
 }
 
 }  // namespace

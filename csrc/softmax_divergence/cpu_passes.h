@@ -200,7 +200,7 @@ KDKERNELS_INLINE void finish_pair(Group<classes_in_lanes, V>& group, const Softm
   const bool want_q = options.want_input_gradient, want_p = options.want_target_gradient;
   const V one = splat<V>(1);
   const V inverse_q = one / group.sum_s, inverse_p = one / group.sum_t;
-  const V log_sums = math::log_positive(group.sum_t / group.sum_s);
+  const V log_sums = math::log_ratio_of_sums(group.sum_t, group.sum_s);
   const Scalar<V> inverse_temperature = options.inverse_temperature;
   V value{}, far_q{}, far_p{}, sum_q{}, sum_p{}, mean_q{}, mean_p{};
   for (int k = 0; k < group.strips; ++k) {

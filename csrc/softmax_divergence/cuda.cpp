@@ -51,12 +51,11 @@ std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::
   return {loss, saved};
 }
 
-std::tuple<Tensor, Tensor> softmax_divergence_backward(Tensor grad_output, std::optional<Tensor> saved, Tensor input,
-                                                       Tensor target, std::optional<Tensor> labels, Tensor temperature,
-                                                       Tensor divergence_weight, Tensor label_weight, Tensor beta,
-                                                       int64_t dim, std::string divergence, std::string reduction,
-                                                       int64_t ignore_index, bool input_gradient,
-                                                       bool target_gradient) {
+std::tuple<Tensor, Tensor, Tensor> softmax_divergence_backward(
+    Tensor grad_output, std::optional<Tensor> saved, Tensor input, Tensor target, std::optional<Tensor> labels,
+    Tensor temperature, Tensor divergence_weight, Tensor label_weight, Tensor beta, int64_t dim, std::string divergence,
+    std::string reduction, int64_t ignore_index, bool input_gradient, bool target_gradient, bool scalar_gradients) {
+  STD_TORCH_CHECK(!scalar_gradients, "the CUDA kernels compute no gradients of scalars");
   const OnDevice device(input);
   Preparation preparation({input, target, labels, temperature, divergence_weight, label_weight, beta, dim, divergence,
                            reduction, ignore_index},
@@ -64,7 +63,7 @@ std::tuple<Tensor, Tensor> softmax_divergence_backward(Tensor grad_output, std::
   preparation.check_grad_output(grad_output);
   Tensor grad_input = input_gradient ? torch::stable::empty_like(input) : nothing(input);
   Tensor grad_target = target_gradient ? torch::stable::empty_like(target) : nothing(target);
-  if (preparation.positions() == 0) return {grad_input, grad_target};
+  if (preparation.positions() == 0) return {grad_input, grad_target, nothing(grad_output)};
   const Tensor statistics = saved ? *saved : new_statistics(input, preparation);
   if (!saved) {
     SoftmaxCall call = call_of(preparation);
@@ -80,7 +79,7 @@ std::tuple<Tensor, Tensor> softmax_divergence_backward(Tensor grad_output, std::
   SoftmaxCall call = call_of(preparation);
   call.statistics = const_cast<void*>(statistics.const_data_ptr());
   device.check(launch_softmax_backward(call, plan_softmax(call, true, 0), device.stream()));
-  return {grad_input, grad_target};
+  return {grad_input, grad_target, nothing(grad_output)};
 }
 
 }  // namespace

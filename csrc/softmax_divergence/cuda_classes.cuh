@@ -64,7 +64,7 @@ struct Softmaxes {
         logit_difference(max_s, max_t),
         inverse_s(S(1) / sum_s),
         inverse_t(S(1) / sum_t),
-        log_sums(math::log_positive(sum_t / sum_s)),
+        log_sums(math::log_ratio_of_sums(sum_t, sum_s)),
         log_s(math::log_positive(sum_s)),
         log_t(math::log_positive(sum_t)) {}
 

@@ -216,7 +216,7 @@ struct Scalars {
         divergence(divergence_weight != 0),
         labels(call.labels != nullptr && label_weight != 0) {
     temperature = call.temperature.read();
-    if (!(temperature > 0)) temperature = double(NAN);
+    if (!(temperature > 0 && temperature < double(INFINITY))) temperature = double(NAN);
     inverse_temperature = S(1 / temperature);
   }
 };

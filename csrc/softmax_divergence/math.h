@@ -23,6 +23,14 @@ KDKERNELS_INLINE V difference_error(V a, V b, V difference) {
   return select(error == error, error, V{});
 }
 
+// ln(a / b) of two positive sums, which changes its sign and nothing else where a and b are exchanged
+template <class V>
+KDKERNELS_INLINE V log_ratio_of_sums(V a, V b) {
+  const auto less = a < b;
+  const V log = log_positive(select(less, b, a) / select(less, a, b));
+  return select(less, -log, log);
+}
+
 // T ln(p / q) without the constant of the row that comes from the sums: the difference of the two logits of a class,
 // each relative to the maximum of its row. What rounding cut off is added back, because near 0 a divergence depends on
 // this difference alone.
@@ -144,7 +152,9 @@ struct JensenShannon {
 
   // far_q and far_p are the probabilities of the far classes, as shares of the whole so that they are exact near 1
   KDKERNELS_INLINE V total(V sum_of_values, V far_q, V far_p) const {
-    return sum_of_values - (far_p * (beta * log_beta) + far_q * ((1 - beta) * log_rest));
+    // The second part is 0 at beta = 1/2, where the result is symmetric to the last bit.
+    const S of_p = beta * log_beta, of_q = (1 - beta) * log_rest;
+    return sum_of_values - ((far_p + far_q) * of_p + far_q * (of_q - of_p));
   }
 };
 

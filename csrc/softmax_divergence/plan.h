@@ -21,6 +21,8 @@ struct SoftmaxCall : SoftmaxLayout<max_dims>, SoftmaxArguments<double> {
   int64_t tile, tiles_in_run;     // a tile is up to `tile` positions of one run
   double normalizer = 1;          // the loss and its gradient are multiplied by it
   void* position_loss = nullptr;  // reduction "none"
+  // The derivatives of the divergence of each position by the temperature, then those by its weight
+  void* scalar_gradients = nullptr;
 
   SoftmaxCall(const SoftmaxLayout<max_dims>& layout, const SoftmaxArguments<double>& arguments)
       : SoftmaxLayout(layout), SoftmaxArguments(arguments) {

@@ -11,12 +11,30 @@ from kdkernels.ops import _tracing
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise unless a tensor is an ordinary one in this process, neither sparse nor nested."""
+    if type(tensor) is not Tensor and hasattr(type(tensor), "to_local"):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}; expected a plain tensor: pass {name}.to_local() if the shards can "
+            f"be computed separately, else {name}.full_tensor()"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; expected a dense one: pass {name}.values() if it is jagged, or pad it with "
+            f"{name}.to_padded_tensor(padding)"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has the layout {tensor.layout}; expected a dense tensor: pass {name}.to_dense()")
+
+
 def check_floating(name: str, tensor: object) -> None:
-    """Raise unless the argument is a tensor of fp16, bf16, fp32 or fp64."""
+    """Raise unless the argument is a dense tensor of fp16, bf16, fp32 or fp64."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        remedy = f"; pass {name}.dequantize()" if tensor.is_quantized else ""
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}{remedy}")
 
 
 def check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
@@ -41,52 +59,71 @@ def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) 
 
 def check_scalar(
     name: str, value: object, like: Tensor, *, minimum: float = -math.inf, maximum: float = math.inf, grad: bool = False
-) -> None:
-    """Raise unless the argument is a number or a 0-dim tensor on the CPU or beside another tensor.
+) -> float | Tensor:
+    """Return a number or a 0-dim tensor in the form in which it may be computed with, or raise.
+
+    NumPy scalars become tensors. Tensors of integers or of 16 bits become fp32, so that a product such as the square of
+    a temperature does not overflow.
 
     Args:
         name: Name of the argument.
         value: The argument. A tensor whose value cannot be read here is checked by the CPU kernel.
-        like: Tensor that it is used with.
+        like: Tensor that it is used with; a tensor must be on its device or on the CPU.
         minimum: Smallest accepted number; 0 with ``maximum=inf`` means positive.
         maximum: Largest accepted number. Infinity and NaN are not accepted.
         grad: Whether the function computes a gradient for it.
 
     """
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or value.dtype not in FLOATING:
-            raise ValueError(
-                f"{name} must be a number or a 0-dim floating-point tensor, got a tensor of shape {tuple(value.shape)} "
-                f"and {value.dtype}"
-            )
-        if value.device.type != "cpu" and value.device != like.device:
-            raise ValueError(f"{name} is on {value.device}; expected the CPU or {like.device}")
-        if value.requires_grad and not grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires grad, but no gradient is computed for it; detach it")
-        if not _readable(value):
-            return
-        value = float(value.detach())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+    number = value
+    if type(value) is not float:
+        if not isinstance(value, Tensor) and getattr(value, "shape", None) == ():
+            value = torch.as_tensor(value, device="cpu")  # a scalar or a 0-dim array of NumPy
+        if isinstance(value, Tensor):
+            value = _checked_tensor(name, value, like, grad)
+            if not is_readable(value):
+                return value
+            number = float(value.detach())
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(number).__name__}")
     positive = minimum == 0 and maximum == math.inf
-    if not (minimum < value if positive else minimum <= value) or not value <= maximum or abs(value) == math.inf:
+    if not (minimum < number if positive else minimum <= number) or not number <= maximum or abs(number) == math.inf:
         accepted = "a finite number"
         if positive:
             accepted = "a positive, finite number"
         elif maximum < math.inf:
             accepted = f"a number in [{minimum:g}, {maximum:g}]"
-        raise ValueError(f"{name} is {value!r}; expected {accepted}")
+        raise ValueError(f"{name} is {number!r}; expected {accepted}")
+    return value if isinstance(value, Tensor) else number
 
 
-def _readable(scalar: Tensor) -> bool:
+def _checked_tensor(name: str, value: Tensor, like: Tensor, grad: bool) -> Tensor:
+    check_dense(name, value)
+    if value.dim() != 0:
+        remedy = f"; pass {name}.squeeze()" if value.numel() == 1 else ""
+        raise ValueError(
+            f"{name} must be a number or a 0-dim tensor, got a tensor of shape {tuple(value.shape)}{remedy}"
+        )
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must be a real number or a 0-dim tensor of real numbers, got {value.dtype}")
+    if value.device.type != "cpu" and value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; expected the CPU or {like.device}")
+    if value.requires_grad and not grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but no gradient is computed for it; detach it")
+    if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
+        value = value.clone()  # autograd saves no inference tensor
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def is_readable(tensor: Tensor) -> bool:
     """Tell whether Python may read the value of a tensor: on the CPU, neither traced nor transformed."""
-    plain = type(scalar) is Tensor or type(scalar) is torch.nn.Parameter
-    traced = _tracing.is_recorded() or _tracing.is_transformed()
-    return plain and scalar.device.type == "cpu" and not traced
+    if _tracing.is_recorded() or tensor.device.type != "cpu":
+        return False
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    """Turn a Python number into the 0-dim tensor that an op takes.
+    """Turn a checked number into the 0-dim tensor that an op takes.
 
     Inside a compiled graph the tensor comes from a multiplication: a constant would be compiled again for every value.
     """

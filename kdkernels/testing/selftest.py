@@ -88,7 +88,7 @@ def results_of(
         torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype) for out in outputs
     ]
     wanted = [leaves[i] for i in differentiable]
-    gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
+    gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True) if wanted else ()
     return [out.detach() for out in outputs] + [
         torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, wanted, strict=True)
     ]

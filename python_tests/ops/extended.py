@@ -31,7 +31,7 @@ def softmax_divergence(kind, arrays, cotangent, *, temperature=1.0, dim=-1, beta
     loss = np.where(kept, loss, 0)
     scale = np.where(kept, L(1), 0)
     if reduction != "none":
-        batch = s.shape[0] if s.ndim > 1 else 1
+        batch = s.shape[0]
         divisor = {"mean": max(kept.sum(), 1), "sum": 1, "batchmean": batch}[reduction]
         loss, scale = loss.sum() / L(divisor), scale / L(divisor)
     scale = (scale * cotangent)[..., None]

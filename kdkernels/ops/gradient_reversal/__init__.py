@@ -125,7 +125,7 @@ _reverse_linear: Callable[..., Any] = _GradientReversalLinear.apply
 
 def _coefficient(lambd: float | Tensor, input: Tensor) -> Tensor:
     """Copy the coefficient: a schedule may change it before the backward runs."""
-    _checks.check_scalar("lambd", lambd, input)
+    lambd = _checks.check_scalar("lambd", lambd, input)
     return lambd.detach().clone() if isinstance(lambd, Tensor) else _checks.scalar_tensor(lambd, input)
 
 

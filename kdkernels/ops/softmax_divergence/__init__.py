@@ -4,17 +4,15 @@ This file has the public functions. ``autograd.py`` defines the op; ``saved.py``
 saves for its backward, and states the passes over memory.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from kdkernels.ops import _checks, _registry
-from kdkernels.ops._numerics import compute_dtype
 from kdkernels.ops._types import Reduction
 from kdkernels.ops.softmax_divergence import reference
 from kdkernels.ops.softmax_divergence.autograd import FORWARD
-from kdkernels.ops.softmax_divergence.checks import check_logits, check_weights
+from kdkernels.ops.softmax_divergence.checks import check_logits, check_temperature, check_weights
 from kdkernels.ops.softmax_divergence.saved import what_to_save
 
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
@@ -39,19 +37,10 @@ def _compute(
     scalars = tuple(_checks.scalar_tensor(number, input) for number in numbers)
     if _registry.checks_values(input.device):
         reference.check_values(labels, scalars[0], scalars[3], input.shape[dim], ignore_index)
-    options = (dim, divergence, reduction, ignore_index, what_to_save(backend, input, target))
-    loss, _ = FORWARD.run(backend, input, target, labels, *scalars, *options)
+    options = (dim, divergence, reduction, ignore_index)
+    save = what_to_save(backend, input, target, scalars[0])
+    loss, _ = FORWARD.run(backend, input, target, labels, *scalars, *options, save)
     return loss  # type: ignore[no-any-return]
-
-
-def _learned(temperature: float | Tensor) -> bool:
-    return isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled()
-
-
-def _divide(input: Tensor, target: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Divide the logits by a temperature that needs a gradient, which autograd computes in one more pass per side."""
-    dtype = compute_dtype(input, target)
-    return input.to(dtype) / temperature, target.to(dtype) / temperature
 
 
 def _divergence(
@@ -59,10 +48,8 @@ def _divergence(
     beta: float | Tensor = 0.5,
 ) -> Tensor:  # fmt: skip
     dim = check_logits(input, target, None, dim, reduction)
-    _checks.check_scalar("temperature", temperature, input, minimum=0, grad=True)
-    _checks.check_scalar("beta", beta, input, minimum=0, maximum=1)
-    if _learned(temperature):
-        (input, target), temperature = _divide(input, target, temperature), 1.0
+    temperature = check_temperature(temperature, input)
+    beta = _checks.check_scalar("beta", beta, input, minimum=0, maximum=1)
     return _compute(
         input, target, None, temperature=temperature, beta=beta, dim=dim, divergence=divergence, reduction=reduction
     )
@@ -90,8 +77,8 @@ def kl_div_with_logits(
     Args:
         input: Student logits, any shape with one dimension of classes; fp16, bf16, fp32 or fp64, any strides.
         target: Teacher logits of the same shape and device; their dtype may differ.
-        temperature: T > 0, a number or a 0-dim tensor. A tensor that requires grad gets its gradient; the logits are
-            then divided by it first, one more pass over each.
+        temperature: T > 0, a number or a 0-dim tensor, which gets its gradient if it requires one. For a temperature
+            per sample divide both logits by it, as in ``input / T[:, None]``, and leave this at 1.
         dim: Class dimension. ``None`` means the last one for 1-D and 2-D logits, and raises for more dimensions.
         reverse: Whether to compute KL(student || teacher) instead of KL(teacher || student).
         reduction: ``"none"`` (a value per position), ``"mean"`` (over positions, unlike ``F.kl_div``), ``"sum"``, or
@@ -102,8 +89,15 @@ def kl_div_with_logits(
 
     Special values: a class with zero probability in the weighting distribution (a logit of -inf) adds exactly 0. Where
     only the other distribution is zero, the loss is +inf; the gradient of the other side is finite, and that of the
-    weighting side is 0. Probabilities below the smallest normal number count as zero. A row without a finite logit
-    gives NaN.
+    weighting side is 0, as is that of a learned temperature. Probabilities below the smallest normal number count as
+    zero. A row without a finite logit, such as the logarithm of probabilities that are all 0, gives NaN. With a single
+    class the loss is always 0 and nothing is learned, which is warned of if a gradient is asked for: give a binary head
+    with one logit z two logits, ``torch.cat([torch.zeros_like(z), z], 1)``.
+
+    Derivatives of any order are those of the formula, with classes at -inf on both sides left out; in forward mode
+    (``torch.func.jvp``, ``torch.func.hessian``) everything is computed in PyTorch. A teacher from
+    ``torch.inference_mode()`` is accepted; a compiled graph that has to keep it for the backward, as with 16-bit logits
+    or on a GPU, takes its clone or a teacher from ``torch.no_grad()``.
 
     Raises:
         TypeError: A side is not a floating-point tensor, or the temperature is not a number.
@@ -135,7 +129,8 @@ def js_div_with_logits(
 
     .. math:: \mathrm{JS}_\beta = \beta\,\mathrm{KL}(p\,\|\,m) + (1-\beta)\,\mathrm{KL}(q\,\|\,m),
 
-    computed in log space: it does not saturate, is never negative, and at ``beta=0.5`` is symmetric and at most ln 2.
+    computed in log space: it does not saturate, is never negative, and at ``beta=0.5`` is at most ln 2 and symmetric to
+    the last bit: exchanging ``input`` and ``target`` exchanges their gradients and changes nothing else.
     ``beta=0`` gives KL(p || q) and ``beta=1`` KL(q || p), the convention of generalized knowledge distillation, while
     the limit of the formula at both ends is 0. There is no factor :math:`T^2`. Sources: Lin, "Divergence measures based
     on the Shannon entropy", 1991; Agarwal et al., arXiv 2306.13649.
@@ -149,13 +144,15 @@ def js_div_with_logits(
         input: Student logits, any shape with one dimension of classes; fp16, bf16, fp32 or fp64, any strides.
         target: Teacher logits of the same shape and device; their dtype may differ.
         beta: Teacher's share of the mixture in [0, 1], a number or a 0-dim tensor without gradient.
-        temperature: T > 0, a number or a 0-dim tensor, which gets its gradient if it requires one.
+        temperature: T > 0, as in :func:`kl_div_with_logits`.
         dim: Class dimension. ``None`` means the last one for 1-D and 2-D logits, and raises for more dimensions.
         legacy_clamp: Whether to compute the published clamped form; it is defined for ``beta=0.5`` only.
         reduction: ``"none"``, ``"mean"`` (over positions), ``"sum"`` or ``"batchmean"`` (sum / ``input.size(0)``).
 
     Returns:
-        The loss in fp32, or fp64 if a side is fp64; 0 if there are no positions. Gradients flow to both sides.
+        The loss in fp32, or fp64 if a side is fp64; 0 if there are no positions. Gradients flow to both sides. A class
+        without probability adds exactly 0; a row without a finite logit gives NaN. For one class, derivatives and
+        teachers, see :func:`kl_div_with_logits`.
 
     Raises:
         TypeError: A side is not a floating-point tensor, or a scalar is not a number.
@@ -199,7 +196,9 @@ def distillation_loss(
         target: Teacher logits of the same shape and device; their dtype may differ.
         labels: Class indices, int64, in the shape of ``input`` without the class dimension. Positions that hold
             ``ignore_index`` count neither in the loss, nor in its gradient, nor in the mean.
-        temperature: T > 0, a number or a 0-dim tensor, which gets its gradient if it requires one.
+        temperature: T > 0, as in :func:`kl_div_with_logits`; its gradient includes that of the factor T^2, which is
+            computed in 32 bits or more. For a temperature per sample, ``T**2 * kl_div_with_logits(input / T[:, None],
+            target / T[:, None], reduction="none")`` has the same terms.
         kd_weight: Weight of the divergence; default 0.9 with labels, 1 without.
         ce_weight: Weight of the cross-entropy; default 0.1 with labels. With labels, give both weights or neither;
             without labels, any ``ce_weight`` but 0 raises. Numbers or 0-dim tensors without gradient.
@@ -212,7 +211,8 @@ def distillation_loss(
             ``input.size(0)``).
 
     Returns:
-        The loss; see :func:`kl_div_with_logits`. If no position counts, it is 0 and so are the gradients.
+        The loss; for its dtype, special values and derivatives see :func:`kl_div_with_logits`. If no position counts,
+        it is 0 and so are the gradients.
 
     Raises:
         TypeError, ValueError: An argument is not accepted, or there are no classes.
@@ -228,19 +228,12 @@ def distillation_loss(
     dim = check_logits(input, target, labels, dim, reduction)
     _checks.check_choice("divergence", divergence, ("forward_kl", "reverse_kl", "js"))
     kd_weight, ce_weight = check_weights(labels, kd_weight, ce_weight)
-    _checks.check_scalar("temperature", temperature, input, minimum=0, grad=True)
-    _checks.check_scalar("beta", beta, input, minimum=0, maximum=1)
-    _checks.check_scalar("kd_weight", kd_weight, input)
-    _checks.check_scalar("ce_weight", ce_weight, input)
-    common: dict[str, Any] = {
-        "beta": beta, "dim": dim, "divergence": divergence, "reduction": reduction, "ignore_index": ignore_index,
-    }  # fmt: skip
-    if not _learned(temperature):
-        return _compute(
-            input, target, labels, temperature=temperature, divergence_weight=kd_weight * temperature * temperature,
-            label_weight=ce_weight, **common,
-        )  # fmt: skip
-    student, teacher = _divide(input, target, temperature)
-    soft = _compute(student, teacher, labels, temperature=1.0, divergence_weight=kd_weight, **common)
-    hard = _compute(input, target, labels, temperature=1.0, divergence_weight=0.0, label_weight=ce_weight, **common)
-    return soft * temperature * temperature + hard
+    temperature = check_temperature(temperature, input)
+    beta = _checks.check_scalar("beta", beta, input, minimum=0, maximum=1)
+    kd_weight = _checks.check_scalar("kd_weight", kd_weight, input)
+    ce_weight = _checks.check_scalar("ce_weight", ce_weight, input)
+    return _compute(
+        input, target, labels, temperature=temperature, divergence_weight=kd_weight * temperature * temperature,
+        label_weight=ce_weight, beta=beta, dim=dim, divergence=divergence, reduction=reduction,
+        ignore_index=ignore_index,
+    )  # fmt: skip

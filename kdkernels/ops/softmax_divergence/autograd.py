@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _registry
+from kdkernels.ops import _checks, _registry
 from kdkernels.ops._numerics import compute_dtype
 from kdkernels.ops.softmax_divergence import reference
-from kdkernels.ops.softmax_divergence.saved import fake_saved, scaled
+from kdkernels.ops.softmax_divergence.saved import fake_saved, on_gpu, scaled
 
 _ARGUMENTS = (
     "Tensor input, Tensor target, Tensor? labels, Tensor temperature, Tensor divergence_weight, Tensor label_weight, "
@@ -42,32 +42,75 @@ def _fake(
 def _backward_fake(
     grad_output: Tensor, statistics: Tensor | None, input: Tensor, target: Tensor, labels: Tensor | None,
     temperature: Tensor, divergence_weight: Tensor, label_weight: Tensor, beta: Tensor, dim: int, divergence: str,
-    reduction: str, ignore_index: int, input_gradient: bool, target_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    reduction: str, ignore_index: int, input_gradient: bool, target_gradient: bool, scalar_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_shapes(input, target, labels, dim)
     return (
         torch.empty_like(input) if input_gradient else input.new_empty(0),
         torch.empty_like(target) if target_gradient else target.new_empty(0),
+        input.new_empty(2 if scalar_gradients else 0, dtype=compute_dtype(input, target)),
     )
+
+
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...], at: int) -> None:
+    """Save tensors for the backward, of which input, target and labels begin at an index.
+
+    Those may be inference tensors, which autograd refuses to save for want of a version; they are held by themselves.
+    """
+    ctx.held = held = {}
+    for i in range(at, at + 3):
+        tensor = tensors[i]
+        if tensor is not None and tensor.is_inference():
+            held[i] = tensor
+    ctx.save_for_backward(*(None if i in held else t for i, t in enumerate(tensors)) if held else tensors)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    if not ctx.held:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    return tuple(ctx.held.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors))
+
+
+def _forward_mode(
+    input: Tensor, target: Tensor, labels: Tensor | None, temperature: Tensor, divergence_weight: Tensor,
+    label_weight: Tensor, beta: Tensor, dim: int, divergence: str, reduction: str, ignore_index: int, _save: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if labels is not None and _checks.is_readable(labels):
+        reference.check_labels(labels, input.shape[dim], ignore_index)
+    scalars = (temperature, divergence_weight, label_weight, beta)
+    loss = reference.loss_of(input, target, labels, scalars, dim, divergence, reduction, ignore_index)
+    return loss, loss.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index, ctx.save = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1] if ctx.save == "statistics" else None, *tensors)
+    _save(ctx, (output[1] if ctx.save == "statistics" else None, *tensors), 1)
     ctx.gradient = [output[1]] if ctx.save == "gradient" else []
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _grad_saved: None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:2]
-    if grad_loss is None or not any(wanted):
+    wanted, (of_temperature, of_weight) = ctx.needs_input_grad[:2], ctx.needs_input_grad[3:5]
+    of_scalars = of_temperature or of_weight
+    if grad_loss is None or not (any(wanted) or of_scalars):
         return (None,) * 12
-    arguments = (*ctx.saved_tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index)
+    arguments = (*_saved(ctx), ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index)
     # The saved gradient is a constant to autograd; a backward that is differentiated itself starts from the logits.
-    if ctx.save == "gradient" and not wanted[1] and not torch.is_grad_enabled():
+    if ctx.save == "gradient" and not wanted[1] and not of_scalars and not torch.is_grad_enabled():
         return scaled(_take_gradient(ctx, grad_loss, arguments), grad_loss, ctx), *(None,) * 11
-    grads = _BACKWARD.run(ctx.backend, grad_loss, *arguments, *wanted)
-    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 10)
+    in_kernel = of_scalars and not on_gpu(ctx.backend, arguments[1].device)
+    *sides, scalars = _BACKWARD.run(ctx.backend, grad_loss, *arguments, *wanted, in_kernel)
+    by_side = (grad if want else None for grad, want in zip(sides, wanted, strict=True))
+    if not of_scalars:
+        return (*by_side, *(None,) * 10)
+    if not in_kernel:
+        _, input, target, labels, *numbers, dim, divergence, reduction, ignore_index = arguments
+        *_, scalars = reference.gradients(
+            grad_loss, input, target, labels, tuple(numbers), dim, divergence, reduction, ignore_index, True
+        )
+    by_temperature = scalars[0].to(arguments[4]) if of_temperature else None
+    by_weight = scalars[1].to(arguments[5]) if of_weight else None
+    return (*by_side, None, by_temperature, by_weight, *(None,) * 7)
 
 
 def _take_gradient(ctx: Any, grad_loss: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -75,31 +118,34 @@ def _take_gradient(ctx: Any, grad_loss: Tensor, arguments: tuple[Any, ...]) -> T
     try:
         return ctx.gradient.pop()  # type: ignore[no-any-return]
     except IndexError:
-        return _BACKWARD.run(ctx.backend, torch.ones_like(grad_loss), *arguments, True, False)[0]  # type: ignore[no-any-return]
+        return _BACKWARD.run(ctx.backend, torch.ones_like(grad_loss), *arguments, True, False, False)[0]  # type: ignore[no-any-return]
 
 
-def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, dim, divergence, reduction, ignore_index, input_gradient, target_gradient = inputs
-    ctx.wanted = (input_gradient, target_gradient)
-    ctx.options = (dim, divergence, reduction, ignore_index)
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, dim, divergence, reduction, ignore_index, input_gradient, target_gradient, scalar_gradients = inputs
+    ctx.wanted = (input_gradient, target_gradient, scalar_gradients)
+    ctx.options = (dim, divergence, reduction, ignore_index, scalar_gradients)
     ctx.mark_non_differentiable(*(grad for grad, want in zip(output, ctx.wanted, strict=True) if not want))
-    ctx.save_for_backward(*tensors)
+    _save(ctx, tuple(tensors), 2)
 
 
 def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate the gradients, to any order, through the closed forms of the reference."""
-    grad_output, _statistics, input, target, labels, *scalars = ctx.saved_tensors
+    grad_output, _statistics, input, target, labels, temperature, weight, *others = _saved(ctx)
     given = [v if want else None for v, want in zip(cotangents, ctx.wanted, strict=True)]
     if all(v is None for v in given):
-        return (None,) * 15
+        return (None,) * 16
 
-    def gradients(grad_output: Tensor, input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        both = reference.gradients(grad_output, input, target, labels, tuple(scalars), *ctx.options)
-        return tuple(g for g, v in zip(both, given, strict=True) if v is not None)
+    def gradients(
+        grad_output: Tensor, input: Tensor, target: Tensor, temperature: Tensor, weight: Tensor
+    ) -> tuple[Tensor, ...]:
+        numbers = (temperature, weight, *others)
+        every = reference.gradients(grad_output, input, target, labels, numbers, *ctx.options)
+        return tuple(g for g, v in zip(every, given, strict=True) if v is not None)
 
-    pull_back = torch.func.vjp(gradients, grad_output, input, target)[1]
-    by_grad_output, by_input, by_target = pull_back(tuple(v for v in given if v is not None))
-    return by_grad_output, None, by_input, by_target, *(None,) * 11
+    pull_back = torch.func.vjp(gradients, grad_output, input, target, temperature, weight)[1]
+    by_grad_output, *by_side, by_temperature, by_weight = pull_back(tuple(v for v in given if v is not None))
+    return by_grad_output, None, *by_side, None, by_temperature, by_weight, *(None,) * 9
 
 
 FORWARD = _registry.define(
@@ -109,11 +155,12 @@ FORWARD = _registry.define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    forward_mode=_forward_mode,
 )
 _BACKWARD = _registry.define(
     "softmax_divergence_backward",
-    f"(Tensor grad_output, Tensor? statistics, {_ARGUMENTS}, bool input_gradient, bool target_gradient) "
-    "-> (Tensor, Tensor)",
+    f"(Tensor grad_output, Tensor? statistics, {_ARGUMENTS}, bool input_gradient, bool target_gradient, "
+    "bool scalar_gradients) -> (Tensor, Tensor, Tensor)",
     reference=reference.backward,
     fake=_backward_fake,
     setup_context=_backward_setup_context,

@@ -1,8 +1,18 @@
 """Checks of the arguments of the softmax divergences that need no values of tensors."""
 
+import warnings
+
+import torch
 from torch import Tensor, int64
 
-from kdkernels.ops._checks import check_choice, check_floating, check_same_device, check_same_shape
+from kdkernels.ops._checks import (
+    check_choice,
+    check_dense,
+    check_floating,
+    check_same_device,
+    check_same_shape,
+    check_scalar,
+)
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
 
@@ -26,7 +36,8 @@ def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int 
     if not -input.dim() <= dim < input.dim():
         raise ValueError(f"dim is {dim}; expected a dimension of the {input.dim()}-dimensional input")
     dim %= input.dim()
-    if input.shape[dim] == 0:
+    classes = input.shape[dim]
+    if classes == 0:
         raise ValueError(f"input has 0 classes: shape {tuple(input.shape)}, dim={dim}")
     if reduction == "batchmean" and dim == 0 and input.dim() > 1:
         raise ValueError("reduction='batchmean' divides by the size of dimension 0, which holds the classes (dim=0)")
@@ -35,12 +46,37 @@ def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int 
         if not isinstance(labels, Tensor) or labels.dtype != int64:
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels must be a tensor of class indices, torch.int64, got {got}")
+        check_dense("labels", labels)
         if labels.shape != positions:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}; expected {tuple(positions)}, input's shape without dim {dim}"
             )
         check_same_device("input", input, "labels", labels)
+    if classes == 1:
+        _warn_of_one_class(input, target, dim)
     return dim
+
+
+def _warn_of_one_class(input: Tensor, target: Tensor, dim: int) -> None:
+    asked = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+    if asked and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"input has one class (shape {tuple(input.shape)}, dim={dim}), whose probability is always 1: the loss and "
+            "its gradient are 0, so that nothing is learned. For a binary sigmoid head with one logit z, pass "
+            f"torch.cat([torch.zeros_like(z), z], {dim})",
+            stacklevel=1,
+        )
+
+
+def check_temperature(temperature: float | Tensor, input: Tensor) -> float | Tensor:
+    """Return the temperature as a number or a 0-dim tensor of at least 32 bits, or raise."""
+    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+        raise ValueError(
+            f"temperature must be a number or a 0-dim tensor, got a tensor of shape {tuple(temperature.shape)}; for a "
+            "temperature per sample leave it at 1, divide both logits by it, as in input / T[:, None], and weigh the "
+            'losses of reduction="none"'
+        )
+    return check_scalar("temperature", temperature, input, minimum=0, grad=True)
 
 
 def check_weights(

@@ -23,27 +23,30 @@ _GRADIENT_BYTES = 32 << 20
 _STATISTICS = 9
 
 
-def _on_gpu(backend: str, device: torch.device) -> bool:
+def on_gpu(backend: str, device: torch.device) -> bool:
+    """Tell whether the kernels of a GPU compute, be it in an interpreter."""
     return backend == "triton" or (backend == "native" and _loader.native_kernels(device.type) == "cuda")
 
 
-def what_to_save(backend: str, input: Tensor, target: Tensor) -> Save:
+def what_to_save(backend: str, input: Tensor, target: Tensor, temperature: Tensor) -> Save:
     """Choose what the forward saves.
 
     No gradient is saved in 16 bits: rounded before the gradient of a loss scaler multiplies it, it would underflow. Nor
-    is one saved during export, where the size would become a condition on dynamic shapes, or under ``torch.func``.
-    What ``torch.jit`` traces saves nothing: its check of a trace runs without gradients and compares the graphs.
+    is one saved during export, where the size would become a condition on dynamic shapes, under ``torch.func``, or for
+    a learned temperature, whose gradient takes another pass. What ``torch.jit`` traces saves nothing: its check of a
+    trace runs without gradients and compares the graphs.
     """
     if _tracing.is_jit_traced():
         return "nothing"
     if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
         return "nothing"
-    if _on_gpu(backend, input.device):
+    if on_gpu(backend, input.device):
         return "statistics"
     keeps_gradient = (
         not torch.compiler.is_exporting()
         and not _tracing.is_transformed()
         and not target.requires_grad
+        and not temperature.requires_grad
         and input.device.type == "cpu"
         and input.dtype == compute_dtype(input, target)
         and input.numel() * input.element_size() <= _GRADIENT_BYTES

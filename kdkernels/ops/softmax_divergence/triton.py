@@ -55,7 +55,7 @@ class _Options:
         """Return the divisor of a sum of losses, with positions that do not count included."""
         if self.reduction == "mean":
             return float(max(math.prod(shape[: self.dim] + shape[self.dim + 1 :]), 1))
-        return float(max(shape[0], 1)) if self.reduction == "batchmean" and len(shape) > 1 else 1.0
+        return float(max(shape[0], 1)) if self.reduction == "batchmean" else 1.0
 
     @property
     def divides_by_count(self) -> bool:
@@ -203,14 +203,18 @@ def softmax_divergence_backward(
     ignore_index: int,
     input_gradient: bool,
     target_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``input`` and ``target``, empty tensors if not requested."""
+    scalar_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``input`` and ``target``, empty tensors if not requested, and an empty tensor."""
+    if scalar_gradients:
+        raise ValueError("scalar_gradients is True; the Triton kernels compute no gradients of scalars")
     options = _Options(
         labels, temperature, divergence_weight, label_weight, beta, dim, divergence, reduction, ignore_index
     )
     results = (
         torch.empty_like(input) if input_gradient else input.new_empty(0),
         torch.empty_like(target) if target_gradient else target.new_empty(0),
+        input.new_empty(0, dtype=compute_dtype(input, target)),
     )
     if input.numel() == 0 or not (input_gradient or target_gradient):
         return results
@@ -239,7 +243,7 @@ def softmax_divergence_backward(
             CROSS_ENTROPY=options.cross_entropy, GRAD_BY_POSITION=reduction == "none", ROWS=layout.by_rows,
             POSITIONS=positions, CLASSES=classes, num_warps=_warps(tile, statistics.dtype),
         )  # fmt: skip
-    for result, output, wanted in zip(results, outputs, (input_gradient, target_gradient), strict=True):
+    for result, output, wanted in zip(results[:2], outputs, (input_gradient, target_gradient), strict=True):
         if wanted and output is not result:
             result.copy_(output)
     return results

@@ -34,6 +34,14 @@ def logit_ratio(student, teacher, student_max, teacher_max):
 
 
 @triton.jit
+def log_ratio_of_sums(a, b):
+    """Return ln(a / b), which changes its sign and nothing else where a and b are exchanged."""
+    less = a < b
+    log = log_quotient(tl.where(less, b, a), tl.where(less, a, b))
+    return tl.where(less, -log, log)
+
+
+@triton.jit
 def kullback_leibler(q, p, log_ratio):
     """Return the terms of KL(p || q), each with q - p added, which sums to 0; and q - p.
 
@@ -76,7 +84,9 @@ def jensen_shannon(q, p, log_ratio, beta):
 def jensen_shannon_total(value, far_q, far_p, beta):
     """Return the divergence from the sums; far_q and far_p are shares of the whole, exact near 1."""
     log_beta, log_rest = log_quotient(beta, 1.0), log1p_parts(-beta)[0]
-    return value - (far_p * (beta * log_beta) + far_q * ((1.0 - beta) * log_rest))
+    # The second part is 0 at beta = 1/2, where the result is symmetric to the last bit.
+    of_p, of_q = beta * log_beta, (1.0 - beta) * log_rest
+    return value - ((far_p + far_q) * of_p + far_q * (of_q - of_p))
 
 
 @triton.jit

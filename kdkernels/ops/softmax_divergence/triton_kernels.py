@@ -15,6 +15,7 @@ from kdkernels.ops.softmax_divergence.triton_classes import (
     class_terms,
     direct_sides,
     jensen_shannon_total,
+    log_ratio_of_sums,
     logit_ratio,
     through_softmax,
     to_sum,
@@ -53,7 +54,7 @@ def load_tile(rows, stride, class_at, wanted, classes, dtype: tl.constexpr):
 def options_of(temperature, beta, dtype: tl.constexpr):
     """Return 1 / temperature and beta, NaN if out of range."""
     t, b = scalar_of(temperature, tl.float64), scalar_of(beta, tl.float64)
-    inverse = tl.where(t > 0.0, 1.0 / t, float("nan"))
+    inverse = tl.where((t > 0.0) & (t < float("inf")), 1.0 / t, float("nan"))
     return inverse.to(dtype), tl.where((b >= 0.0) & (b <= 1.0), b, float("nan")).to(dtype)
 
 
@@ -71,7 +72,7 @@ def probabilities(z_s, z_t, max_s, max_t, sum_s, sum_t, inverse_temperature):
     q = exp_nonpositive((z_s - max_s[:, None]) * inverse_temperature) * (1.0 / sum_s)[:, None]
     p = exp_nonpositive((z_t - max_t[:, None]) * inverse_temperature) * (1.0 / sum_t)[:, None]
     ratio = logit_ratio(z_s, z_t, max_s[:, None], max_t[:, None]) * inverse_temperature
-    return q, p, ratio - log_quotient(sum_t, sum_s)[:, None]
+    return q, p, ratio - log_ratio_of_sums(sum_t, sum_s)[:, None]
 
 
 @triton.jit
