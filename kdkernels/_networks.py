@@ -1,5 +1,7 @@
 """What the routines ask of a user's network before and while they use it."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +75,7 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
     A network without either is taken to compute on the CPU in torch's default dtype.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):  # the first alone, in every iteration of a synthesis
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.get_default_dtype()
