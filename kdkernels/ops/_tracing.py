@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import Proxy
+from torch.fx import Proxy, _symbolic_trace
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY  # active in make_fx
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,9 +48,10 @@ def as_one_node(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Proxy):
-                return value.tracer.create_proxy("call_function", call, args, kwargs)
+        if _symbolic_trace._is_fx_tracing_flag:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Proxy):
+                    return value.tracer.create_proxy("call_function", call, args, kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -36,9 +36,7 @@ def what_to_save(backend: str, input: Tensor, target: Tensor, temperature: Tenso
     a learned temperature, whose gradient takes another pass. What ``torch.jit`` traces saves nothing: its check of a
     trace runs without gradients and compares the graphs.
     """
-    if _tracing.is_jit_traced():
-        return "nothing"
-    if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
+    if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad) or _tracing.is_jit_traced():
         return "nothing"
     if on_gpu(backend, input.device):
         return "statistics"
