@@ -33,7 +33,9 @@ class Op:
         self.forward_mode = forward_mode
         packet = getattr(torch.ops.kdkernels, name)
         self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in BACKENDS}
-        self.functions: dict[str, type[_Function]] = {}
+        self.functions: dict[str, type[torch.autograd.Function]] = {}
+        # Their `apply` without torch's look at signatures, which takes as long as a small kernel; for no transform.
+        self.applied: dict[str, Callable[..., Any]] = {}
 
     def run(self, backend: str, *arguments: Any) -> Any:
         """Compute with a backend.
@@ -41,14 +43,16 @@ class Op:
         In eager mode an autograd function calls the overload, which costs half as much as a registered formula and
         works under ``torch.func``. A graph that is compiled or traced records the overload itself.
         """
-        if self.forward_mode is not None and _tracing.in_forward_mode():
+        has_tangents = _tracing.in_forward_mode()
+        if has_tangents and self.forward_mode is not None:
             return self.forward_mode(*arguments)
-        if self.functions and (_tracing.is_transformed() or _tracing.in_forward_mode()):
-            if torch.compiler.is_dynamo_compiling():
-                _allow_in_graph()
-            return _apply_function(self.name, backend, *arguments)
-        if self.functions and torch.is_grad_enabled() and not _tracing.is_recorded():
-            return self.functions[backend].apply(*arguments)
+        if self.functions:
+            if has_tangents or _tracing.is_transformed():
+                if torch.compiler.is_dynamo_compiling():
+                    _allow_in_graph()
+                return _apply_function(self.name, backend, *arguments)
+            if torch.is_grad_enabled() and not _tracing.is_recorded():
+                return self.applied[backend](*arguments)
         return self.overloads[backend](*arguments)
 
     def run_on(self, device: torch.device, *arguments: Any) -> Any:
@@ -108,24 +112,13 @@ def _allow_in_graph() -> None:
 _allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class _Function(torch.autograd.Function):
-    """Calls an overload; each subclass has the autograd formula of one op for one backend."""
-
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        if _tracing.is_transformed():
-            return super().apply(*arguments)  # type: ignore[no-untyped-call]
-        # torch's own apply inspects the signature of forward first, which takes as long as a small kernel.
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
-
-
 def _function(
     overload: Any,
     setup: Callable[..., None],
     formula: Callable[..., Any],
     forward_formula: Callable[..., Any] | None,
-) -> type[_Function]:
-    class Function(_Function):
+) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
@@ -198,7 +191,8 @@ def define(
         if backward is not None:
             setup = _with_backend(backend, setup_context)
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
-            op.functions[backend] = _function(op.overloads[backend], setup, backward, jvp)
+            function = op.functions[backend] = _function(op.overloads[backend], setup, backward, jvp)
+            op.applied[backend] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     package = reference.__module__.rpartition(".")[0]
     for key in _loader.triton_keys() if importlib.util.find_spec(f"{package}.triton") else ():

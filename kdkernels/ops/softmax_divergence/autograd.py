@@ -57,12 +57,13 @@ def _save(ctx: Any, tensors: tuple[Tensor | None, ...], at: int) -> None:
 
     Those may be inference tensors, which autograd refuses to save for want of a version; they are held by themselves.
     """
-    ctx.held = held = {}
-    for i in range(at, at + 3):
-        tensor = tensors[i]
-        if tensor is not None and tensor.is_inference():
-            held[i] = tensor
-    ctx.save_for_backward(*(None if i in held else t for i, t in enumerate(tensors)) if held else tensors)
+    input, target, labels = tensors[at : at + 3]
+    if not (input.is_inference() or target.is_inference() or (labels is not None and labels.is_inference())):  # type: ignore[union-attr]
+        ctx.held = None
+        ctx.save_for_backward(*tensors)
+        return
+    ctx.held = {i: t for i, t in enumerate(tensors) if at <= i < at + 3 and t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.held else t for i, t in enumerate(tensors)))
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -83,7 +84,7 @@ def _forward_mode(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index, ctx.save = inputs
+    tensors, ctx.options, ctx.save = inputs[:7], inputs[7:11], inputs[11]
     ctx.mark_non_differentiable(output[1])
     _save(ctx, (output[1] if ctx.save == "statistics" else None, *tensors), 1)
     ctx.gradient = [output[1]] if ctx.save == "gradient" else []
@@ -94,7 +95,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _grad_saved: None) -> tuple[Te
     of_scalars = of_temperature or of_weight
     if grad_loss is None or not (any(wanted) or of_scalars):
         return (None,) * 12
-    arguments = (*_saved(ctx), ctx.dim, ctx.divergence, ctx.reduction, ctx.ignore_index)
+    arguments = (*_saved(ctx), *ctx.options)
     # The saved gradient is a constant to autograd; a backward that is differentiated itself starts from the logits.
     if ctx.save == "gradient" and not wanted[1] and not of_scalars and not torch.is_grad_enabled():
         return scaled(_take_gradient(ctx, grad_loss, arguments), grad_loss, ctx), *(None,) * 11

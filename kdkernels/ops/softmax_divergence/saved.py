@@ -75,8 +75,9 @@ def passes(device_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> tupl
 
 def scaled(gradient: Tensor, grad_loss: Tensor, ctx: Any) -> Tensor:
     """Multiply a saved gradient by the incoming one, unless that is 1, as in ``loss.backward()``."""
-    if ctx.reduction == "none":
-        return gradient * grad_loss.unsqueeze(ctx.dim)
+    dim, _, reduction, _ = ctx.options
+    if reduction == "none":
+        return gradient * grad_loss.unsqueeze(dim)
     try:
         is_one = not torch.compiler.is_compiling() and float(grad_loss) == 1.0
     except RuntimeError:  # a fake gradient, or a batch of gradients, has no value to read
