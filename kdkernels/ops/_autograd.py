@@ -1,9 +1,30 @@
 """What autograd formulas share: tensors that may be saved, and second derivatives through the reference."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return the ``apply`` of a function for calls that are neither transformed nor compiled.
+
+    Torch's own looks at signatures first, which takes as long as a small kernel.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return the ``apply`` of a function for calls that are not transformed."""
+    plain = plain_apply(function)
+
+    def apply(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function.apply(*arguments)
+        return plain(*arguments)
+
+    return apply
 
 
 def savable(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _loader, _tracing
+from kdkernels.ops import _autograd, _loader, _tracing
 
 Backend = Literal["auto", "native", "triton", "reference"]
 BACKENDS = ("native", "triton", "reference")
@@ -34,7 +34,6 @@ class Op:
         packet = getattr(torch.ops.kdkernels, name)
         self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in BACKENDS}
         self.functions: dict[str, type[torch.autograd.Function]] = {}
-        # Their `apply` without torch's look at signatures, which takes as long as a small kernel; for no transform.
         self.applied: dict[str, Callable[..., Any]] = {}
 
     def run(self, backend: str, *arguments: Any) -> Any:
@@ -192,7 +191,7 @@ def define(
             setup = _with_backend(backend, setup_context)
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
             function = op.functions[backend] = _function(op.overloads[backend], setup, backward, jvp)
-            op.applied[backend] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+            op.applied[backend] = _autograd.plain_apply(function)
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     package = reference.__module__.rpartition(".")[0]
     for key in _loader.triton_keys() if importlib.util.find_spec(f"{package}.triton") else ():

@@ -1,6 +1,5 @@
 """Mean and variance of each channel of an activation, in one read and with a fused backward."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -165,7 +164,7 @@ class _Tap(torch.autograd.Function):
         return _TAP_BACKWARD.run(ctx.backend, *grads[:3], *ctx.saved_tensors, ctx.unbiased), None, None
 
 
-_tap: Callable[..., Any] = _Tap.apply
+_tap = _autograd.applied(_Tap)
 
 
 def batch_norm_tap(input: Tensor, *, unbiased: bool = False) -> BatchNormTap:
