@@ -1,11 +1,14 @@
 """Modules with coefficients: scalars that belong to a formula and are no weights."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+
+from kdkernels.ops import _tracing
 
 
 def coefficient_dtype(device: torch.device) -> torch.dtype:
@@ -17,7 +20,10 @@ def shown(value: object) -> object:
     """Return a coefficient as ``repr`` shows it."""
     if not isinstance(value, Tensor):
         return value
-    return "?" if value.is_meta else f"{value.item():g}"
+    if value.dim() != 0:
+        return f"tensor of shape {tuple(value.shape)}"
+    plain = type(value) in (Tensor, Parameter) and not value.is_meta
+    return f"{value.item():g}" if plain and _tracing.has_values() else "?"
 
 
 class Coefficients(Module):
@@ -30,6 +36,10 @@ class Coefficients(Module):
         else:
             setattr(self, name, value)
 
+    def initial_value(self, name: str) -> float:
+        """Return the first value of a coefficient: NaN, which losses refuse, if a tensor without values was given."""
+        return math.nan if self._buffers[name].dtype.is_floating_point else 0  # type: ignore[union-attr]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         self._buffers.update({name: buffer.to(torch.float32) for name, buffer in exact.items()})
@@ -38,6 +48,7 @@ class Coefficients(Module):
             moved = self._buffers[name]
             assert moved is not None
             dtype = coefficient_dtype(moved.device) if buffer.dtype == torch.float64 else buffer.dtype
-            # Memory that replaces a tensor without values is filled by reset_parameters or a checkpoint.
             self._buffers[name] = moved.to(dtype) if buffer.is_meta else buffer.to(moved.device, dtype)
+            if buffer.is_meta and not moved.is_meta:  # new memory, which holds anything
+                self._buffers[name].fill_(self.initial_value(name))  # type: ignore[union-attr]
         return self

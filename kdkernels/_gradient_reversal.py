@@ -26,6 +26,10 @@ class GradientReversal(Coefficients):
         self.register_buffer("lambd", torch.empty((), dtype=coefficient_dtype(torch.get_default_device())))
         self.reset_parameters()
 
+    def initial_value(self, name: str) -> float:
+        """Return the coefficient of the constructor."""
+        return self.initial_lambd
+
     def reset_parameters(self) -> None:
         """Set the coefficient to that of the constructor."""
         self.lambd.fill_(self.initial_lambd)
@@ -75,6 +79,10 @@ class WarmStartGradientReversal(Coefficients):
         self.max_iters = max_iters
         self.register_buffer("iteration", torch.empty((), dtype=torch.int64))
         self.reset_parameters()
+
+    def initial_value(self, name: str) -> float:
+        """Return the count before the first step."""
+        return 0
 
     def reset_parameters(self) -> None:
         """Set the counter to 0."""
@@ -128,6 +136,10 @@ class GradientReversalLinear(Coefficients, Linear):
         device = self.weight.device
         self.register_buffer("lambd", torch.empty((), device=device, dtype=coefficient_dtype(device)))
         self.lambd.fill_(self.initial_lambd)
+
+    def initial_value(self, name: str) -> float:
+        """Return the coefficient of the constructor."""
+        return self.initial_lambd
 
     def reset_parameters(self) -> None:
         """Draw the weights again, as ``torch.nn.Linear`` does, and set the coefficient to that of the constructor."""

@@ -159,7 +159,7 @@ class DistillationLoss(Coefficients):
             "forward_kl": "KL(teacher || student)",
             "reverse_kl": "KL(student || teacher)",
             "js": f"JS(beta={shown(self.beta)})",
-        }[self.divergence]
+        }.get(self.divergence, self.divergence)
         kd, ce = shown(self.kd_weight), shown(self.ce_weight)
         weights = "kd_weight=0.9, ce_weight=0.1 (1 and 0 without labels)"
         if kd is not None or ce is not None:
@@ -194,12 +194,12 @@ class BatchNormStatLoss(Module):
 
     def extra_repr(self) -> str:
         """Show which distance it is."""
-        spread = {"var": "var", "std": "std"}[self.moment]
+        spread = self.moment
         formula = {
             "l2": f"||mean - running_mean|| + ||{spread} - running_{spread}||",
             "squared": f"mean over channels of (mean - running_mean)^2 + ({spread} - running_{spread})^2",
             "gaussian_kl": "mean over channels of the Gaussian KL",
-        }[self.mode]
+        }.get(self.mode, self.mode)
         return f"{formula}, unbiased={self.unbiased}"
 
 
@@ -233,7 +233,7 @@ class TotalVariationLoss(Module):
             "l2": "sqrt(sum d^2)",
             "l2_squared": "sum d^2",
             "isotropic": f"sum sqrt(dx^2 + dy^2 + {self.eps})",
-        }[self.norm_type]
+        }.get(self.norm_type, self.norm_type)
         return f"{formula}, directions={self.directions}, reduction={self.reduction!r}"
 
 

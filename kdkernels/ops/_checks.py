@@ -114,9 +114,16 @@ def _checked_tensor(name: str, value: Tensor, like: Tensor, grad: bool) -> Tenso
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
+def number_of(value: object) -> object:
+    """Return the number in a 0-dim tensor, None if it cannot be read, and anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return float(value.detach()) if value.dim() == 0 and is_readable(value) else None
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Tell whether Python may read the value of a tensor: on the CPU, neither traced nor transformed."""
-    if _tracing.is_recorded() or tensor.device.type != "cpu":
+    if not _tracing.has_values() or tensor.device.type != "cpu":
         return False
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Proxy, _symbolic_trace
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY  # active in make_fx
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -29,6 +30,12 @@ def is_jit_traced() -> bool:
 def is_recorded() -> bool:
     """Tell whether a call becomes part of a graph: compiled, exported, or traced by ``torch.jit``."""
     return torch.compiler.is_compiling() or is_jit_traced()
+
+
+def has_values() -> bool:
+    """Tell whether tensors have values that Python may read: neither a graph nor fake tensors are being made."""
+    modes = (torch._C._get_dispatch_mode(key) for key in (_PROXY, _FAKE))
+    return not is_recorded() and all(mode is None for mode in modes)
 
 
 def needs_registered_ops() -> bool:
@@ -54,4 +61,6 @@ def as_one_node(function: Function) -> Function:
                     return value.tracer.create_proxy("call_function", call, args, kwargs)
         return function(*args, **kwargs)
 
+    # torch.compile counts recompilations by code object, which each function has its own of.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]

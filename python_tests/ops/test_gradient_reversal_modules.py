@@ -85,6 +85,15 @@ def test_construction_on_meta(module_class):
         assert parameter.dtype == torch.bfloat16
 
 
+def test_memory_after_meta_holds_the_first_values():
+    with torch.device("meta"):
+        network = torch.nn.Sequential(
+            nn.GradientReversal(0.3), nn.GradientReversalLinear(2, 2, lambd=0.25), nn.WarmStartGradientReversal()
+        )
+    reversal, linear, schedule = network.bfloat16().to_empty(device="cpu")
+    assert (reversal.lambd.item(), linear.lambd.item(), schedule.iteration.item()) == (0.3, 0.25, 0)
+
+
 def test_construction_of_a_schedule_on_meta():
     with torch.device("meta"):
         module = nn.WarmStartGradientReversal(max_iters=4)

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from kdkernels import nn
-from kdkernels.functional import distillation_loss, gradient_reversal, js_div_with_logits, kl_div_with_logits
+from kdkernels.functional import (
+    distillation_loss,
+    gradient_reversal,
+    gradient_reversal_linear,
+    js_div_with_logits,
+    kl_div_with_logits,
+)
 
 # Scalars
 
@@ -59,6 +65,46 @@ def test_what_is_no_number_is_refused(value, text):
         kl_div_with_logits(torch.randn(3, 4), torch.randn(3, 4), temperature=value)
 
 
+@pytest.mark.parametrize(
+    "beta", [0.5, np.float32(0.5), torch.tensor(0.5), torch.tensor(0.5, dtype=torch.bfloat16)], ids=repr
+)
+def test_the_clamped_form_takes_one_half_of_every_kind(beta):
+    s, t = torch.randn(3, 5), torch.randn(3, 5)
+    expected = js_div_with_logits(s, t, legacy_clamp=True)
+    assert torch.equal(js_div_with_logits(s, t, beta=beta, legacy_clamp=True), expected)
+    with pytest.raises(ValueError, match=r"legacy_clamp=True is defined for beta=0\.5 only"):
+        js_div_with_logits(s, t, beta=beta / 2, legacy_clamp=True)
+
+
+@pytest.mark.parametrize("weight", [0, np.float32(0), torch.tensor(0.0)], ids=repr)
+def test_without_labels_a_weight_of_zero_of_every_kind_is_none(weight):
+    s, t = torch.randn(3, 5), torch.randn(3, 5)
+    assert torch.equal(distillation_loss(s, t, ce_weight=weight), distillation_loss(s, t))
+    with pytest.raises(ValueError, match=r"ce_weight is .*, but there are no labels; pass labels or leave it out"):
+        distillation_loss(s, t, ce_weight=weight + 1)
+
+
+@pytest.mark.parametrize("dim", [0, np.int64(0), torch.tensor(0)], ids=repr)
+def test_dimensions_of_every_kind(dim):
+    s, t = torch.randn(3, 5), torch.randn(3, 5)
+    torch.testing.assert_close(kl_div_with_logits(s, t, dim=dim), kl_div_with_logits(s.t(), t.t()))
+
+
+@pytest.mark.parametrize("dim", [1.0, "1", (0, 1)], ids=repr)
+def test_what_is_no_dimension_is_refused(dim):
+    with pytest.raises(TypeError, match="dim must be an integer or None, got "):
+        kl_div_with_logits(torch.randn(3, 5), torch.randn(3, 5), dim=dim)
+
+
+def test_labels_of_another_dtype_are_refused_with_the_remedy():
+    s, t = torch.randn(3, 5), torch.randn(3, 5)
+    for dtype in (torch.int32, torch.uint8):
+        with pytest.raises(TypeError, match=r"torch\.int64, got torch\.\w+; pass labels\.long\(\)"):
+            distillation_loss(s, t, torch.tensor([0, 4, 2], dtype=dtype))
+    with pytest.raises(TypeError, match=r"got torch\.float32$"):
+        distillation_loss(s, t, s.softmax(1))
+
+
 # Tensors that are not plain
 
 
@@ -101,6 +147,8 @@ def test_distributed_tensors_are_refused(tmp_path):
                     kl_div_with_logits(*arguments)
             with pytest.raises(TypeError, match=r"pass labels\.to_local\(\)"):
                 distillation_loss(s, t, shard(labels))
+        with pytest.raises(TypeError, match=r"pass bias\.to_local\(\)"):
+            gradient_reversal_linear(s, torch.randn(2, 4), distribute_tensor(torch.randn(2), mesh, [Replicate()]))
         with pytest.raises(TypeError, match=r"pass temperature\.to_local\(\)"):
             kl_div_with_logits(s, t, temperature=distribute_tensor(torch.tensor(2.0), mesh, [Replicate()]))
     finally:

@@ -1,6 +1,7 @@
 """Divergences with teachers of every origin, transforms of torch.func, masks, one class, and the divisor."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -222,10 +223,15 @@ def test_one_class_warns_where_a_gradient_is_asked_for(backend, function):
         assert function(s, t).item() == 0
 
 
-def test_one_class_does_not_break_a_graph():
+def test_one_class_warns_while_a_graph_is_compiled():
     torch._dynamo.reset()
-    s = torch.randn(4, 1, requires_grad=True)
-    assert torch.compile(kl_div_with_logits, backend="aot_eager", fullgraph=True)(s, torch.randn(4, 1)).item() == 0
+    s, t = torch.randn(4, 1, requires_grad=True), torch.randn(4, 1)
+    compiled = torch.compile(kl_div_with_logits, backend="aot_eager", fullgraph=True)
+    with pytest.warns(UserWarning, match="input has one class.*nothing is learned"):
+        assert compiled(s, t).item() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert compiled(s.detach(), t).item() == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

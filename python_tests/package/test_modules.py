@@ -2,9 +2,12 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kdkernels import functional, nn
 
@@ -46,6 +49,33 @@ def test_symbolic_tracing(name):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("module", [nn.KLDivWithLogitsLoss(temperature=torch.tensor(2.0)), nn.GradientReversal(0.3)])
+def test_coefficients_are_recorded_by_make_fx(module, tracing_mode):
+    inputs = LOGITS[: 1 if isinstance(module, nn.GradientReversal) else 2]
+
+    def gradient(*inputs):
+        leaf = inputs[0].detach().requires_grad_()
+        return torch.autograd.grad(module(leaf, *inputs[1:]).sum(), leaf)[0]
+
+    recorded = make_fx(gradient, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*inputs)
+    torch.testing.assert_close(recorded(*inputs), gradient(*inputs))
+
+
+def test_each_function_is_compiled_by_itself():
+    """The limit of recompilations of torch.compile is one for each code object."""
+    functions = [getattr(functional, name) for name in functional.__all__]
+    codes = {id(function.__code__) for function in functions if isinstance(function, types.FunctionType)}
+    assert len(codes) == sum(isinstance(function, types.FunctionType) for function in functions)
+
+
+def test_coefficients_beside_fake_tensors():
+    modules = nn.KLDivWithLogitsLoss(temperature=torch.tensor(2.0)), nn.GradientReversal()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = [modules[0](*(torch.randn(4, 3),) * 2).shape, modules[1](torch.randn(4, 3)).shape]
+    assert shapes == [(), (4, 3)]
+
+
 def test_a_temperature_that_is_a_tensor_moves_with_its_module_and_is_not_rounded():
     module = nn.KLDivWithLogitsLoss(temperature=torch.tensor(2.1))
     parent = torch.nn.Sequential(torch.nn.Linear(3, 3), module).bfloat16()
@@ -58,6 +88,26 @@ def test_a_temperature_that_is_a_tensor_moves_with_its_module_and_is_not_rounded
     parent.to("meta")
     assert module.temperature.is_meta
     assert "temperature=?" in repr(module)
+
+
+def test_a_coefficient_without_a_value_is_refused():
+    """A tensor on meta has none, and the memory that replaces it holds anything."""
+    with torch.device("meta"):
+        module = nn.DistillationLoss(temperature=torch.tensor(2.0))
+    with pytest.raises(ValueError, match="temperature is nan; expected a positive, finite number"):
+        module.to_empty(device="cpu")(*LOGITS)
+    module.temperature.fill_(3.0)
+    torch.testing.assert_close(module(*LOGITS), functional.distillation_loss(*LOGITS, temperature=3.0))
+
+
+def test_repr_shows_any_argument():
+    """A mistake is named by the call; printing the module must not hide it."""
+    assert "T=tensor of shape (3,)," in repr(nn.DistillationLoss(temperature=torch.ones(3)))
+    assert "* kl +" in repr(nn.DistillationLoss(divergence="kl"))
+    assert "l3" in repr(nn.BatchNormStatLoss(mode="l3"))
+    assert "l3" in repr(nn.TotalVariationLoss(norm_type="l3"))
+    with FakeTensorMode():
+        assert "temperature=?" in repr(nn.KLDivWithLogitsLoss(temperature=torch.tensor(2.0)))
 
 
 def test_a_schedule_may_write_into_a_coefficient():

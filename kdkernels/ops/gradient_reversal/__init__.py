@@ -208,6 +208,8 @@ def gradient_reversal_linear(
     """
     _checks.check_floating("input", input)
     _checks.check_floating("weight", weight)
+    if bias is not None:
+        _checks.check_floating("bias", bias)
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; expected [..., in_features] and "

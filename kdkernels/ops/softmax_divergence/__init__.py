@@ -164,7 +164,7 @@ def js_div_with_logits(
         >>> loss.backward()
 
     """
-    if legacy_clamp and (isinstance(beta, Tensor) or beta != 0.5):
+    if legacy_clamp and _checks.number_of(beta) != 0.5:
         raise ValueError(f"legacy_clamp=True is defined for beta=0.5 only, got beta={beta!r}")
     return _divergence(input, target, temperature, dim, "clamped_js" if legacy_clamp else "js", reduction, beta)
 

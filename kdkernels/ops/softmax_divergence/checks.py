@@ -1,5 +1,6 @@
 """Checks of the arguments of the softmax divergences that need no values of tensors."""
 
+import operator
 import warnings
 
 import torch
@@ -12,6 +13,7 @@ from kdkernels.ops._checks import (
     check_same_device,
     check_same_shape,
     check_scalar,
+    number_of,
 )
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
@@ -33,6 +35,8 @@ def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int 
                 "dim=1 for [B, C, H, W], dim=-1 for [B, T, C]"
             )
         dim = -1
+    if type(dim) is not int:
+        dim = _integer(dim)
     if not -input.dim() <= dim < input.dim():
         raise ValueError(f"dim is {dim}; expected a dimension of the {input.dim()}-dimensional input")
     dim %= input.dim()
@@ -45,7 +49,7 @@ def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int 
         positions = input.shape[:dim] + input.shape[dim + 1 :]
         if not isinstance(labels, Tensor) or labels.dtype != int64:
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be a tensor of class indices, torch.int64, got {got}")
+            raise TypeError(f"labels must be a tensor of class indices, torch.int64, got {got}{_remedy(labels)}")
         check_dense("labels", labels)
         if labels.shape != positions:
             raise ValueError(
@@ -57,15 +61,32 @@ def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int 
     return dim
 
 
+def _integer(dim: object) -> int:
+    if not hasattr(dim, "__index__"):
+        raise TypeError(f"dim must be an integer or None, got {dim!r}")
+    return operator.index(dim)
+
+
+def _remedy(labels: object) -> str:
+    integers = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    return "; pass labels.long()" if integers else ""
+
+
 def _warn_of_one_class(input: Tensor, target: Tensor, dim: int) -> None:
-    asked = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-    if asked and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"input has one class (shape {tuple(input.shape)}, dim={dim}), whose probability is always 1: the loss and "
-            "its gradient are 0, so that nothing is learned. For a binary sigmoid head with one logit z, pass "
-            f"torch.cat([torch.zeros_like(z), z], {dim})",
-            stacklevel=1,
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        _warn(
+            f"input has one class (dim={dim}), whose probability is always 1: the loss and its gradient are 0, so that "
+            "nothing is learned. For a binary sigmoid head with one logit z, pass "
+            f"torch.cat([torch.zeros_like(z), z], {dim})"
         )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=1)
+
+
+# Run while Dynamo traces, as torch.compiler.assume_constant_result would have it; see _loader.why_not_device.
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_temperature(temperature: float | Tensor, input: Tensor) -> float | Tensor:
@@ -84,7 +105,7 @@ def check_weights(
 ) -> tuple[float | Tensor, float | Tensor]:
     """Return the weights of the divergence and of the cross-entropy, with their defaults."""
     if labels is None:
-        if ce_weight is not None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
+        if ce_weight is not None and number_of(ce_weight) != 0:
             raise ValueError(f"ce_weight is {ce_weight!r}, but there are no labels; pass labels or leave it out")
         return 1.0 if kd_weight is None else kd_weight, 0.0
     if kd_weight is None and ce_weight is None:
