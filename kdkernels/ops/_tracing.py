@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import Proxy, _symbolic_trace
+from torch.fx import Proxy
+from torch.overrides import has_torch_function
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY  # active in make_fx
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
@@ -55,8 +56,9 @@ def as_one_node(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _symbolic_trace._is_fx_tracing_flag:
-            for value in (*args, *kwargs.values()):
+        values = (*args, *kwargs.values())
+        if has_torch_function(values):  # which proxies have in a torch.fx.Transformer too, where no tracer runs
+            for value in values:
                 if isinstance(value, Proxy):
                     return value.tracer.create_proxy("call_function", call, args, kwargs)
         return function(*args, **kwargs)
