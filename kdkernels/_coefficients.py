@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ class Coefficients(Module):
             self.register_buffer(name, value, persistent=False)
         else:
             setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute; a number for a coefficient that is a buffer is written into it.
+
+        A compiled module would be compiled again for another buffer.
+        """
+        buffer = self.__dict__.get("_buffers", {}).get(name)
+        if buffer is not None and isinstance(value, Real if buffer.dtype.is_floating_point else Integral):
+            buffer.fill_(float(value))
+        else:
+            super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def initial_value(self, name: str) -> float:
         """Return the first value of a coefficient: NaN, which losses refuse, if a tensor without values was given."""

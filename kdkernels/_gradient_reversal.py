@@ -15,7 +15,7 @@ class GradientReversal(Coefficients):
     """Module of :func:`kdkernels.functional.gradient_reversal`.
 
     The coefficient is a 0-dim buffer, kept in checkpoints. ``.half()`` and the like do not round it. To change it
-    during training, write into it: ``module.lambd.fill_(0.5)``.
+    during training, assign a number, ``module.lambd = 0.5``, or write into it, ``module.lambd.fill_(0.5)``.
     """
 
     lambd: Tensor

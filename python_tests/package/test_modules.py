@@ -1,11 +1,14 @@
 """Modules of the losses: coefficients that are tensors, and tracing."""
 
 import copy
+import math
 import pickle
 import types
 
+import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -88,6 +91,33 @@ def test_a_temperature_that_is_a_tensor_moves_with_its_module_and_is_not_rounded
     parent.to("meta")
     assert module.temperature.is_meta
     assert "temperature=?" in repr(module)
+
+
+@pytest.mark.parametrize("number", [3, 3.0, np.float32(3), np.int64(3)], ids=repr)
+def test_a_number_may_be_assigned_to_a_coefficient(number):
+    module = nn.DistillationLoss(temperature=torch.tensor(2.0))
+    module.temperature = number
+    torch.testing.assert_close(module(*LOGITS), functional.distillation_loss(*LOGITS, temperature=3.0))
+    schedule = nn.WarmStartGradientReversal(max_iters=6)
+    with pytest.raises(TypeError, match="cannot assign"):
+        schedule.iteration = 2.5
+    schedule.iteration = int(number)
+    assert schedule.state_dict()["iteration"].item() == 3
+    assert schedule.lambd.item() == pytest.approx(math.tanh(2.5), rel=1e-12)
+
+
+def test_an_assigned_coefficient_is_compiled_once():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = nn.GradientReversal()
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for step in range(4):
+        module.lambd = step / 8
+        x = torch.ones(3, requires_grad=True)
+        compiled(x).sum().backward()
+        assert torch.equal(x.grad, torch.full((3,), -step / 8))
+        assert module.lambd.dtype == torch.float64
+    assert counter.frame_count == 2  # forward and backward
 
 
 def test_a_coefficient_without_a_value_is_refused():
