@@ -115,10 +115,10 @@ def _checked_tensor(name: str, value: Tensor, like: Tensor, grad: bool) -> Tenso
 
 
 def number_of(value: object) -> object:
-    """Return the number in a 0-dim tensor, None if it cannot be read, and anything else as it is."""
+    """Return the number in a 0-dim tensor, "a tensor" if it cannot be read, and anything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    return float(value.detach()) if value.dim() == 0 and is_readable(value) else None
+    return float(value.detach()) if value.dim() == 0 and is_readable(value) else "a tensor"
 
 
 def is_readable(tensor: Tensor) -> bool:

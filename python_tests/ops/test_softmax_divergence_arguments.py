@@ -76,6 +76,12 @@ def test_the_clamped_form_takes_one_half_of_every_kind(beta):
         js_div_with_logits(s, t, beta=beta / 2, legacy_clamp=True)
 
 
+def test_one_half_that_cannot_be_read_is_refused():
+    s, t, half = torch.randn(3, 5), torch.randn(3, 5), torch.tensor(0.5)
+    with pytest.raises(ValueError, match=r"beta=0\.5 only, got beta='a tensor'; leave beta out"):
+        torch.func.vmap(lambda beta: js_div_with_logits(s, t, beta=beta, legacy_clamp=True))(half[None])
+
+
 @pytest.mark.parametrize("weight", [0, np.float32(0), torch.tensor(0.0)], ids=repr)
 def test_without_labels_a_weight_of_zero_of_every_kind_is_none(weight):
     s, t = torch.randn(3, 5), torch.randn(3, 5)

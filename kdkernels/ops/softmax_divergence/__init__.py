@@ -164,8 +164,8 @@ def js_div_with_logits(
         >>> loss.backward()
 
     """
-    if legacy_clamp and _checks.number_of(beta) != 0.5:
-        raise ValueError(f"legacy_clamp=True is defined for beta=0.5 only, got beta={beta!r}")
+    if legacy_clamp and (number := _checks.number_of(beta)) != 0.5:
+        raise ValueError(f"legacy_clamp=True is defined for beta=0.5 only, got beta={number!r}; leave beta out")
     return _divergence(input, target, temperature, dim, "clamped_js" if legacy_clamp else "js", reduction, beta)
 
 

@@ -105,8 +105,8 @@ def check_weights(
 ) -> tuple[float | Tensor, float | Tensor]:
     """Return the weights of the divergence and of the cross-entropy, with their defaults."""
     if labels is None:
-        if ce_weight is not None and number_of(ce_weight) != 0:
-            raise ValueError(f"ce_weight is {ce_weight!r}, but there are no labels; pass labels or leave it out")
+        if ce_weight is not None and (number := number_of(ce_weight)) != 0:
+            raise ValueError(f"ce_weight is {number!r}, but there are no labels; pass labels or leave it out")
         return 1.0 if kd_weight is None else kd_weight, 0.0
     if kd_weight is None and ce_weight is None:
         return 0.9, 0.1
