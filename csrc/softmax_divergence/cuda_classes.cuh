@@ -46,8 +46,8 @@ __device__ __forceinline__ S numerator(S x, S max, S inverse_temperature) {
   return power + power * (math::difference_error(x, max, shifted) * inverse_temperature);
 }
 
-// What the softmaxes of a position need besides the logits
-template <class N>
+// What the softmaxes of a position need besides the logits. Only JS is symmetric in the two sides, to the last bit.
+template <class N, Divergence divergence>
 struct Softmaxes {
   using S = typename N::S;
   S inverse_temperature;
@@ -64,7 +64,8 @@ struct Softmaxes {
         logit_difference(max_s, max_t),
         inverse_s(S(1) / sum_s),
         inverse_t(S(1) / sum_t),
-        log_sums(math::log_ratio_of_sums(sum_t, sum_s)),
+        log_sums(divergence == Divergence::js ? math::log_ratio_of_sums(sum_t, sum_s)
+                                              : math::log_positive(sum_t / sum_s)),
         log_s(math::log_positive(sum_s)),
         log_t(math::log_positive(sum_t)) {}
 

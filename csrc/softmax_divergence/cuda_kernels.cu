@@ -48,7 +48,7 @@ __device__ double position_loss(const SoftmaxCall& call, const Scalars<typename 
   double loss = 0;
   Centers<S> centers;
   if (scalars.divergence) {
-    const Softmaxes<N> softmaxes(scalars.inverse_temperature, max_s, max_t, totals[0], totals[1]);
+    const Softmaxes<N, divergence> softmaxes(scalars.inverse_temperature, max_s, max_t, totals[0], totals[1]);
     const Side from_s = choose(resident, kept_s, position.side[student]);
     const Side from_t = choose(resident, kept_t, position.side[teacher]);
     with_formula<N, divergence>(call.reverse, scalars.beta, [&](const auto& formula) {
@@ -170,8 +170,8 @@ __device__ void position_gradients(const SoftmaxCall& call, const Scalars<typena
   }
   const auto saved = [&](Statistic which) { return *statistic<S>(call, which, at); };
   const S max_s = saved(student_max);
-  const Softmaxes<N> softmaxes(scalars.inverse_temperature, max_s, saved(teacher_max), saved(student_sum),
-                               saved(teacher_sum));
+  const Softmaxes<N, divergence> softmaxes(scalars.inverse_temperature, max_s, saved(teacher_max), saved(student_sum),
+                                           saved(teacher_sum));
   // With few classes, reading a number that is not needed would cost as much as reading a logit.
   const auto if_wanted = [&](bool wanted, Statistic which) { return wanted ? saved(which) : S(0); };
   const Centers<S> centers{
