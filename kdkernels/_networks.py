@@ -5,6 +5,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+# What networks raise on inputs that they do not accept; many assert their size.
+REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError)
+
 
 class NonFiniteLossError(FloatingPointError):
     """Raised when a loss is NaN or infinite: what was lost to it is nothing that would have been of use.
@@ -120,30 +123,38 @@ def check_finite(model: nn.Module, role: str) -> None:
         )
 
 
-@torch.no_grad()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def count_classes(model: nn.Module, image_shape: tuple[int, ...], role: str) -> int:
     """Return the number of classes of a network, tried on two images in eval mode.
 
     Raises:
-        ValueError: If it does not accept such images, or does not return finite logits [B, C]; probabilities are no
-            logits.
+        ValueError: If it does not accept such images, does not return finite logits [B, C], or no gradient passes
+            through it; probabilities are no logits.
 
     """
     device, dtype = placement(model)
     noise = torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0))
-    images = torch.cat([torch.zeros_like(noise), noise]).to(device, dtype)
+    images = torch.cat([torch.zeros_like(noise), noise]).to(device, dtype).requires_grad_()
     with frozen(model):
         try:
             logits = model(images)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(f"{role} does not accept images of shape {list(image_shape)}: {error}") from error
+        except REFUSALS as error:
+            raise ValueError(
+                f"{role} does not accept images of shape {list(image_shape)}: {str(error) or type(error).__name__}"
+            ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
             f"{role} must return logits [B, C], but returned {got} for {len(images)} images; wrap it in a module that "
             "returns the logits alone"
         )
-    values = logits.float()
+    if not logits.requires_grad:
+        raise ValueError(
+            f"{role} returns logits that pass no gradient to its images; remove torch.no_grad() and detach() from its "
+            "forward"
+        )
+    values = logits.detach().float()
     if not torch.isfinite(values).all():
         raise ValueError(f"{role} returns logits that are not finite for an image of standard normal noise")
     if logits.shape[1] > 1 and values.min() >= 0 and torch.allclose(values.sum(1), values.new_ones(()), atol=1e-2):

@@ -1,13 +1,13 @@
 """What is checked before a student is trained: one step of every kind is tried, and leaves no trace."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader
 
-from kdkernels._networks import as_input_of, check_finite, frozen
+from kdkernels._networks import REFUSALS, as_input_of, check_finite, frozen
 from kdkernels.functional import distillation_loss
 
 Batch = Any
@@ -42,14 +42,24 @@ def unpacked(batch: Batch, unpack: Unpack | None) -> tuple[Tensor, Tensor | None
     return parts[0], parts[1] if len(parts) == 2 else None
 
 
-def batch_sizes(loader: Iterable[Batch]) -> set[int]:
+def length_of(sized: object) -> int | None:
+    """Return the length of a loader or a sampler, or None if it does not tell, as that of an iterable dataset."""
+    try:
+        return len(sized) if isinstance(sized, Sized) else None
+    except TypeError:  # a DataLoader has a length only if its dataset or its sampler has one
+        return None
+
+
+def batch_sizes(loader: Iterable[Batch], unpack: Unpack | None) -> set[int]:
     """Return the sizes of the batches that a loader will give, as far as it tells."""
-    if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
+    if isinstance(loader, (list, tuple)) and unpack is None:
+        return {len(unpacked(batch, None)[0]) for batch in loader}
+    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    if type(batches) is not BatchSampler or (count := length_of(batches.sampler)) is None:
         return set()
-    count = len(loader.sampler)  # type: ignore[arg-type]
-    whole, rest = divmod(count, loader.batch_size)
-    sizes = {loader.batch_size} if whole else set()
-    return sizes | ({rest} if rest and not loader.drop_last else set())
+    whole, rest = divmod(count, batches.batch_size)
+    sizes = {batches.batch_size} if whole else set()
+    return sizes | ({rest} if rest and not batches.drop_last else set())
 
 
 def check_networks(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -57,11 +67,18 @@ def check_networks(student: nn.Module, teacher: nn.Module, optimizer: torch.opti
     check_finite(teacher, "teacher")
     check_finite(student, "student")
     mine, others = dict(student.named_parameters()), dict(teacher.named_parameters())
-    shared = [name for name, parameter in mine.items() if any(parameter is other for other in others.values())]
+    places = {_place(tensor) for tensor in (*others.values(), *_running_statistics(teacher).values())}
+    trained = mine | _running_statistics(student)
+    shared = [name for name, tensor in trained.items() if tensor.numel() and _place(tensor) in places]
     if shared:
         raise ValueError(
             f"student and teacher share the parameters {', '.join(shared[:5])}{' ...' * (len(shared) > 5)}, so the "
             "teacher would change while it is imitated; give the teacher its own with copy.deepcopy(teacher)"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer is LBFGS, whose step computes the loss several times; expected one that steps once for each "
+            "loss, such as torch.optim.Adam"
         )
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     wrong = [name for name, parameter in others.items() if id(parameter) in optimized]
@@ -72,6 +89,16 @@ def check_networks(student: nn.Module, teacher: nn.Module, optimizer: torch.opti
             "optimizer holds no parameter of the student that requires grad; pass it student.parameters(), after the "
             "student was moved to its device"
         )
+
+
+def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that training changes although no optimizer holds them."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.split(".")[-1] == "running_mean"}
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """Return where the values of a tensor are, which another may share, as after ``load_state_dict(assign=True)``."""
+    return tensor.device, tensor.data_ptr()
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -87,7 +114,7 @@ def rehearse(
     teacher: nn.Module,
     images: Tensor,
     labels: Tensor | None,
-    sizes: Iterable[int],
+    sizes: Collection[int],
     options: dict[str, Any],
 ) -> None:
     """Try a training step on the first of some images for each size of a batch; nothing is changed by it.
@@ -97,7 +124,7 @@ def rehearse(
             does not accept them. Batch normalization, for example, does not accept a batch of one vector in training.
 
     """
-    if len(images) == 0:
+    if len(images) == 0 or 0 in sizes:
         raise ValueError("loader gave a batch without images; drop empty batches")
     student = getattr(student, "_orig_mod", student)  # a step through torch.compile would compile it twice
     if isinstance(student, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -113,10 +140,15 @@ def rehearse(
                 student.train()
                 buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
                 output = torch.func.functional_call(student, buffers, (as_input_of(student, several),))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except REFUSALS as error:
+            remedy = ""
+            if size < len(images):
+                remedy = ". If the last batch is too small, use drop_last=True or another batch size"
+            elif images.dtype == torch.uint8:
+                remedy = ". They are torch.uint8; convert them as the teacher was trained, such as images.float() / 255"
             raise ValueError(
-                f"a batch of {size} images of shape {list(images.shape[1:])} cannot be used for training: {error}. If "
-                "the last batch is too small, use drop_last=True or another batch size"
+                f"a batch of {size} images of shape {list(images.shape[1:])} cannot be used for training: "
+                f"{str(error) or type(error).__name__}{remedy}"
             ) from error
         finally:
             for module, mode in modes:

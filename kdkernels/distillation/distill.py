@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from pathlib import Path
 from types import GeneratorType
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from kdkernels.distillation._rehearsal import (
     batch_sizes,
     check_networks,
     check_options,
+    length_of,
     rehearse,
     unpacked,
 )
@@ -102,11 +103,11 @@ def distill(
         )
     check_options(options)
     check_networks(student, teacher, optimizer)
-    by_step = _steps_by_step(scheduler, scheduler_interval, loader, epochs)
+    steps = length_of(loader)
+    by_step = _steps_by_step(scheduler, scheduler_interval, optimizer, steps, epochs)
     parts: dict[str, Any] = {"student": student, "optimizer": optimizer}
     if scheduler is not None:
         parts["scheduler"] = scheduler
-    steps = len(loader) if isinstance(loader, Sized) else 0
     saver = None
     history: dict[str, list[float]] = {"loss": [], "learning_rate": []}
     if checkpoint is not None:
@@ -114,7 +115,7 @@ def distill(
         settings |= {"teacher": fingerprint(teacher), "seed": torch.initial_seed()}
         settings |= {name: type(part).__name__ for name, part in parts.items()}
         settings |= {f"optimizer's {name}": plain(value) for name, value in optimizer.defaults.items()}
-        settings |= {"batch_size": getattr(loader, "batch_size", None), "batches": steps or None}
+        settings |= {"batch_size": getattr(loader, "batch_size", None), "batches": steps}
         saver = Saver(Path(checkpoint), parts, settings, loader)
         history = saver.resume(epochs) or history
     done = len(history["loss"])
@@ -125,9 +126,9 @@ def distill(
             grad_mode[0],
             grad_mode[1],
             frozen(teacher),
-            tqdm(total=steps * epochs or None, desc="distill", disable=not progress) as bar,
+            tqdm(total=None if steps is None else steps * epochs, desc="distill", disable=not progress) as bar,
         ):
-            bar.update(steps * done)
+            bar.update((steps or 0) * done)
             for epoch in range(done, epochs):
                 loss = _epoch(step, loader, epoch, epochs, bar, history)
                 history["loss"].append(loss)
@@ -143,13 +144,27 @@ def distill(
     return history
 
 
-def _steps_by_step(scheduler: Scheduler | None, interval: str | None, loader: Iterable[Batch], epochs: int) -> bool:
+def _steps_by_step(
+    scheduler: Scheduler | None,
+    interval: str | None,
+    optimizer: torch.optim.Optimizer,
+    steps: int | None,
+    epochs: int,
+) -> bool:
     """Tell whether the scheduler is stepped after every batch.
 
     Raises:
-        ValueError: If it cannot be, or ends before the training.
+        TypeError: If it is not a scheduler.
+        ValueError: If it cannot be, is that of another optimizer, or ends before the training.
 
     """
+    if scheduler is not None and not hasattr(scheduler, "step"):
+        raise TypeError(
+            f"scheduler is a {type(scheduler).__name__}; expected one of torch.optim.lr_scheduler: a function becomes "
+            "one by LambdaLR, and several become one by ChainedScheduler or SequentialLR"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("scheduler is that of another optimizer; build it with the optimizer that is passed")
     if interval not in (None, "epoch", "step"):
         raise ValueError(f"scheduler_interval is {interval!r}; accepted are 'epoch' and 'step'")
     if interval is not None and scheduler is None:
@@ -159,8 +174,8 @@ def _steps_by_step(scheduler: Scheduler | None, interval: str | None, loader: It
         raise ValueError("scheduler_interval is 'step', but ReduceLROnPlateau needs the loss of an epoch; use 'epoch'")
     by_step = interval == "step" or (interval is None and isinstance(scheduler, BY_STEP))
     total = getattr(scheduler, "total_steps", None)
-    if total is not None and (not by_step or isinstance(loader, Sized)):
-        needed = epochs * len(loader) if by_step else epochs  # type: ignore[arg-type]
+    if total is not None and (not by_step or steps is not None):
+        needed = epochs * (steps or 0) if by_step else epochs
         if needed > total:
             raise ValueError(
                 f"scheduler has {total} steps, but {needed} are needed for {epochs} epochs; build it with "
@@ -256,7 +271,7 @@ def _epoch(
     """Train for one pass over the loader and return the mean loss."""
     losses: list[Tensor] = []
     counts: list[int] = []
-    sizes = batch_sizes(loader)
+    sizes = set() if step.rehearsed else batch_sizes(loader, step.unpack)
 
     def show(latest: int) -> None:
         step.check(len(losses), epoch, epochs, history)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from distilled import loader_of, setup, train
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 from kdkernels.distillation import distill
 from kdkernels.functional import distillation_loss
@@ -20,6 +20,28 @@ def _dict_batch(batch):
 
 def _images_alone(batch):
     return batch["x"]
+
+
+def assigned(network, other):
+    """Have a network compute with the very tensors of another; its parameters are objects of their own."""
+    network.load_state_dict(other.state_dict(), assign=True)
+    return network
+
+
+def with_batch_norm_of(student):
+    """Make a network whose running statistics alone are those of another."""
+    network = SmallCNN(4)
+    student[1].affine = network[1].affine = False
+    student[1].weight = student[1].bias = None
+    network[1] = student[1]
+    return network
+
+
+class Asserting(SmallCNN):
+    def forward(self, x):
+        if x.shape[-1] != 32:
+            raise AssertionError
+        return super().forward(x)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +64,14 @@ def _images_alone(batch):
         ({"teacher": lambda g: nn.Sequential(*list(g["student"])[:-1], nn.Linear(8, 10))}, "share the parameters"),
         ({"teacher": SmallCNN(4, num_classes=9)}, r"logits of shape \[4, 10\] and teacher of \[4, 9\]"),
         ({"optimizer": lambda g: torch.optim.SGD(g["teacher"].parameters())}, "optimizer holds parameters of the teac"),
+        ({"optimizer": lambda g: torch.optim.LBFGS(g["student"].parameters())}, "optimizer is LBFGS, whose step"),
+        ({"scheduler": lambda g: [g["scheduler"]]}, "scheduler is a list; expected one of torch.optim.lr_scheduler"),
+        ({"scheduler": lambda g: setup()[2]["scheduler"]}, "scheduler is that of another optimizer"),
+        ({"loader": [torch.randn(4, 1, 8, 8), torch.randn(0, 1, 8, 8)]}, "a batch without images"),
+        ({"loader": [torch.zeros(4, 1, 8, 8, dtype=torch.uint8)]}, r"uint8; convert them .* images.float\(\) / 255"),
+        ({"teacher": lambda g: assigned(SmallCNN(4), g["student"])}, "share the parameters 0.weight, 1.weight"),
+        ({"teacher": lambda g: with_batch_norm_of(g["student"])}, "share the parameters 1.running_mean"),
+        ({"teacher": lambda g: Asserting()}, "a batch of 16 images .* cannot be used for training: AssertionError"),
         ({"optimizer": lambda g: torch.optim.SGD(SmallCNN(4).parameters())}, "optimizer holds no parameter of the st"),
     ],
 )  # fmt: skip
@@ -57,9 +87,13 @@ def test_a_last_batch_of_one_is_found_before_the_first_step():
     teacher, _, options = setup(epochs=1)
     options |= {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "scheduler": None}
     before = copy.deepcopy(student.state_dict())
-    loader = loader_of(torch.randn(33, 1, 8, 8))
-    with pytest.raises(ValueError, match=r"a batch of 1 images of shape .*use drop_last=True or another batch size"):
-        distill(student, teacher, loader, **options)
+    x = torch.randn(33, 1, 8, 8)
+    loader = loader_of(x)
+    batches = BatchSampler(range(33), 16, drop_last=False)
+    for found in (loader, DataLoader(TensorDataset(x), batch_sampler=batches), list(x.split(16))):
+        text = r"a batch of 1 images of shape .*use drop_last=True or another batch size"
+        with pytest.raises(ValueError, match=text):
+            distill(student, teacher, found, **options)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     distill(student, teacher, DataLoader(loader.dataset, batch_size=16, drop_last=True), **options)
 
@@ -83,7 +117,29 @@ def test_the_checks_leave_no_trace():
         assert torch.equal(a, b)
 
 
-# Batches of other forms
+# Loaders and batches of other forms
+
+
+class Stream(IterableDataset):
+    """A data set without a length, given again by every pass or once."""
+
+    def __init__(self, images, once):
+        self.images = iter(images) if once else images
+
+    def __iter__(self):
+        return iter(self.images)
+
+
+def test_a_loader_without_a_length(tmp_path):
+    """It trains as one with a length does, and notices the end of a stream that can be read once."""
+    x = torch.randn(20, 1, 8, 8)
+    teacher = SmallCNN(6)
+    expected = train(teacher=teacher, loader=DataLoader(x, 16))
+    for checkpoint in (None, tmp_path / "student.pt"):
+        loader = DataLoader(Stream(x, once=False), 16)
+        assert train(teacher=teacher, loader=loader, checkpoint=checkpoint) == expected
+    with pytest.raises(ValueError, match="loader gave no batch in epoch 2"):
+        train(teacher=teacher, loader=DataLoader(Stream(x, once=True), 16))
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,14 @@ def test_a_checkpoint_of_more_epochs_is_refused(tmp_path):
         ({"kd_weight": 2.0}, "kd_weight was not set and is 2.0"),
         ({"divergence": "js"}, "divergence was 'forward_kl' and is 'js'"),
         ({"teacher": SmallCNN(6)}, "teacher was '.*' and is '.*'"),
-        ({"optimizer": lambda g: torch.optim.SGD(g["student"].parameters(), lr=5e-3)}, "optimizer was 'Adam' and is"),
-        ({"optimizer": lambda g: torch.optim.Adam(g["student"].parameters(), lr=1e-3)}, "lr was 0.005 and is 0.001"),
+        (
+            {"optimizer": lambda g: torch.optim.SGD(g["student"].parameters(), lr=5e-3), "scheduler": None},
+            "optimizer was 'Adam' and is",
+        ),
+        (
+            {"optimizer": lambda g: torch.optim.Adam(g["student"].parameters(), lr=1e-3), "scheduler": None},
+            "lr was 0.005 and is 0.001",
+        ),
         ({"loader": lambda g: DataLoader(g["loader"].dataset, 8)}, "batch_size was 16 and is 8; batches was 2 and is"),
     ],
 )
