@@ -85,7 +85,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: File to write.
 
     Raises:
-        ValueError: If the state of the network is not made of tensors alone.
+        ValueError: If the state of the network is not made of dense tensors alone.
         OSError: If the file cannot be written.
         ImportError: If safetensors is not installed.
 
@@ -111,6 +111,12 @@ def weights_as_bytes(model: nn.Module) -> bytes:
     if others:
         raise ValueError(
             f"{type(model).__name__} keeps a state that is not a tensor in {', '.join(others)}, which a safetensors "
+            "file cannot hold; save it with torch.save"
+        )
+    others = [name for name, value in state.items() if value.layout != torch.strided or value.is_quantized]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} keeps sparse or quantized tensors in {', '.join(others)}, which a safetensors "
             "file cannot hold; save it with torch.save"
         )
     # Copies, because a file of safetensors has no shared memory.

@@ -131,7 +131,7 @@ def rehearse(
         student = student.module  # functional_call does not know them
     modes = [(module, module.training) for module in student.modules()]
     devices = [images.device] if images.device.type != "cpu" else []
-    for size in sorted({len(images), *sizes}):
+    for size in (len(images), *sorted({*sizes} - {len(images)})):
         several = images[:size] if size <= len(images) else images[:1].expand(size, *images.shape[1:])
         try:
             with torch.random.fork_rng(devices, device_type=images.device.type), torch.no_grad():

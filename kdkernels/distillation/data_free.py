@@ -21,6 +21,7 @@ from kdkernels.distillation.distill import distill
 from kdkernels.distillation.pool import ImagePool
 from kdkernels.distillation.synthesis import recognized, synthesize_batch
 from kdkernels.inversion import DeepInversion, InversionConfig
+from kdkernels.ops._checks import check_integer
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class DataFreeConfig:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "batches", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+            check_integer(name, getattr(self, name), minimum=1)
         for name in ("learning_rate", "temperature"):
             if not 0 < getattr(self, name) < inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")

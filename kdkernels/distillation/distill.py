@@ -26,6 +26,7 @@ from kdkernels.distillation._rehearsal import (
 )
 from kdkernels.distillation._saver import Saver, plain
 from kdkernels.functional import distillation_loss
+from kdkernels.ops._checks import check_integer
 
 CHECK_EVERY = 50  # batches; a check waits for the device
 BY_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
@@ -95,8 +96,7 @@ def distill(
         "temperature": temperature, "kd_weight": kd_weight, "ce_weight": ce_weight, "divergence": divergence,
         "dim": dim,
     }  # fmt: skip
-    if epochs < 0:
-        raise ValueError(f"epochs is {epochs}; expected 0 or more")
+    check_integer("epochs", epochs, minimum=0)
     if isinstance(loader, GeneratorType) and epochs > 1:
         raise ValueError(
             f"loader is a generator, which can be read once, but epochs is {epochs}; pass a DataLoader or a list"

@@ -20,9 +20,15 @@ def find_layers(model: nn.Module, layers: Layers | None, at: At) -> dict[str, nn
     """Return the layers of a network to count, by name, in the order of ``model.modules()``.
 
     Raises:
-        ValueError: If none is chosen, a chosen one has no running statistics, or a name is not that of a layer.
+        ValueError: If the network is a ScriptModule, no layer is chosen, a chosen one has no running statistics, or a
+            name is not that of a layer.
 
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model is a ScriptModule, made by torch.jit, whose layers cannot be watched; pass the network that it was "
+            "made from"
+        )
     found, others = {}, []
     for name, module in model.named_modules():
         if _keeps_statistics(module) and (at == "input" or _is_affine(module)):

@@ -280,8 +280,8 @@ class BatchNormStatistics:
             )
         if not forward.records:
             raise RuntimeError(
-                "no BatchNorm layer has run yet; call the model inside the with block first. (The layers of a traced "
-                "or exported network do not run; use the original network.)"
+                "no BatchNorm layer has run yet; call the model inside the with block first. (The layers of an "
+                "exported network do not run; use the original network.)"
             )
         if not forward.known:
             forward.ended = True

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Literal, Self, get_args
 
-from kdkernels.ops._checks import check_choice
+from kdkernels.ops._checks import check_choice, check_integer
 from kdkernels.ops._types import Mode, Moment
 
 Compete = Literal["js", "nvlabs", "datafree"]
@@ -101,14 +101,19 @@ class InversionConfig:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if not self.stages or any(stage.iterations < 1 or stage.pool < 1 for stage in self.stages):
+        if not self.stages or not isinstance(self.stages, (tuple, list)):
             raise ValueError(
-                f"stages is {self.stages!r}; expected at least one stage, with positive iterations and pool"
+                f"stages is {self.stages!r}; expected a tuple of at least one Stage, such as (Stage(2000),)"
             )
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"stages holds {stage!r}; expected Stage({stage!r})")
+            check_integer("iterations of a stage", stage.iterations, minimum=1)
+            check_integer("pool of a stage", stage.pool, minimum=1)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size!r}; expected 1 or more")
+        check_integer("batch_size", self.batch_size, minimum=1)
+        check_integer("jitter", self.jitter, minimum=0)
         if not 0 < self.learning_rate < inf:
             raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a positive, finite number")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -121,8 +126,6 @@ class InversionConfig:
                 "every weight is 0, which leaves nothing to optimize; expected one of ce_weight, feature_weight, "
                 "tv_l1, tv_l2 and l2 to differ from 0"
             )
-        if self.jitter < 0:
-            raise ValueError(f"jitter is {self.jitter!r}; expected 0 or more pixels")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip is {self.flip!r}; expected a probability in [0, 1]")
         if (self.mean is None) != (self.std is None):

@@ -13,6 +13,7 @@ from kdkernels._networks import NonFiniteLossError, as_input_of, check_finite, c
 from kdkernels.functional import image_prior_losses, js_div_with_logits
 from kdkernels.inversion.batch_norm_statistics import BatchNormStatistics
 from kdkernels.inversion.config import InversionConfig, Stage
+from kdkernels.ops._checks import check_integer
 
 COMPETE_TEMPERATURE = 3.0
 WARM_UP = 100
@@ -63,10 +64,11 @@ class DeepInversion:
         num_classes: Number of classes of the teacher.
 
     Raises:
+        TypeError: If config is not an InversionConfig, or a size is not an integer.
         ValueError: If a network is not fit for it: it has values that are not finite, does not accept such images in
-            every stage, does not return finite logits [B, C], the student has other classes, or the teacher has no
-            BatchNorm layer; or if image_shape is not [C, H, W], or the normalization in config is missing although
-            ``config.clip`` is set, or does not match the channels.
+            every stage, does not return finite logits [B, C], passes no gradient to its images, the student has other
+            classes, or the teacher has no BatchNorm layer; or if image_shape is not [C, H, W], or the normalization in
+            config is missing although ``config.clip`` is set, or does not match the channels.
 
     """
 
@@ -78,8 +80,14 @@ class DeepInversion:
         *,
         student: nn.Module | None = None,
     ) -> None:
-        if len(image_shape) != 3 or min(image_shape) < 1:
+        if not isinstance(config, InversionConfig):
+            raise TypeError(
+                f"config must be an InversionConfig, such as InversionConfig.preset('digits'); got {config!r}"
+            )
+        if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
             raise ValueError(f"image_shape is {image_shape!r}; expected [C, H, W]")
+        for name, size in zip("CHW", image_shape, strict=True):
+            check_integer(f"{name} of image_shape", size, minimum=1)
         if config.clip and config.mean is None:
             raise ValueError("config.clip is True, which needs config.mean and config.std; they are None")
         if (
@@ -217,13 +225,18 @@ class DeepInversion:
                 the host has not waited for.
 
         Raises:
+            TypeError: If labels are not a tensor, or generator is not a generator.
             ValueError: If labels are not [B] of int64, are empty, or are not classes of the teacher.
             NonFiniteLossError: If a term of the loss is NaN or infinite, noticed within 20 iterations. It names the
                 first such term and its iteration; its ``state`` is the :class:`Synthesis` up to the last finite loss.
 
         """
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}; pass torch.tensor(labels)")
         if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) == 0:
             raise ValueError(f"labels must be a non-empty [B] of int64, got {list(labels.shape)} of {labels.dtype}")
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"generator is {generator!r}; expected torch.Generator().manual_seed(seed)")
         if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(
                 f"labels are from {int(labels.min())} to {int(labels.max())}; the teacher has the classes 0 to "

@@ -1,6 +1,7 @@
 """Checks of arguments that several ops share. Each message names the argument, its value, and what is accepted."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -41,6 +42,16 @@ def check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
     """Raise unless the argument is one of the accepted strings."""
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_integer(name: str, value: object, *, minimum: int) -> None:
+    """Raise unless the argument is an integer, of Python or in a scalar, and not smaller than the minimum."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < minimum:
+        raise ValueError(f"{name} is {number}; expected {minimum} or more")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

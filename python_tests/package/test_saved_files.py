@@ -85,6 +85,13 @@ def test_a_state_that_is_not_a_tensor(tmp_path):
     assert torch.equal(model.weight, trained.weight)
 
 
+def test_a_state_that_is_not_dense(tmp_path):
+    model = nn.Linear(2, 2)
+    model.register_buffer("adjacency", torch.eye(2).to_sparse())
+    with pytest.raises(ValueError, match="keeps sparse or quantized tensors in adjacency"):
+        save_weights(model, tmp_path / "x.safetensors")
+
+
 # Files of interrupted runs
 
 

@@ -335,11 +335,12 @@ def test_networks_of_different_dtypes(tmp_path, dtypes):
     [
         ({"rounds": 0}, "rounds is 0; expected 1 or more"),
         ({"batch_size": -1}, "batch_size is -1; expected 1 or more"),
+        ({"epochs": 2.5}, r"epochs must be an integer, got 2\.5"),
         ({"temperature": 0.0}, r"temperature is 0\.0; expected a positive number"),
         ({"learning_rate": math.nan}, "learning_rate is nan; expected a positive number"),
         ({"weight_decay": -1e-4}, "weight_decay is -0.0001; expected 0 or more"),
     ],
 )
 def test_wrong_settings_are_refused(options, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         DataFreeConfig(**options)

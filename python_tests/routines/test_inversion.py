@@ -107,6 +107,9 @@ def poisoned(model):
     ("call", "text"),
     [
         (lambda t: DeepInversion(t, (8, 8), SHORT), "image_shape is"),
+        (lambda t: DeepInversion(t, 8, SHORT), r"image_shape is 8; expected \[C, H, W\]"),
+        (lambda t: DeepInversion(t, (1, 0, 8), SHORT), "H of image_shape is 0; expected 1 or more"),
+        (lambda t: DeepInversion(torch.jit.script(t), (1, 8, 8), SHORT), "model is a ScriptModule"),
         (lambda t: DeepInversion(t, (1, 8, 8), replace(SHORT, clip=True)), "needs config.mean and config.std"),
         (
             lambda t: DeepInversion(t, (1, 8, 8), PRESETS["nvlabs-imagenet-1"]),
@@ -149,6 +152,36 @@ def poisoned(model):
 def test_wrong_calls(call, text):
     with pytest.raises(ValueError, match=text):
         call(SmallCNN(4))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda t: DeepInversion(t, (1, 8, 8), "digits"), "config must be an InversionConfig"),
+        (lambda t: DeepInversion(t, (1, 8, 8.0), SHORT), "W of image_shape must be an integer, got 8.0"),
+        (lambda t: DeepInversion(t, (1, 8, 8), SHORT).synthesize([1, 2]), "got list; pass torch.tensor"),
+        (
+            lambda t: DeepInversion(t, (1, 8, 8), SHORT).synthesize(torch.arange(2), generator=0),
+            r"generator is 0; expected torch.Generator\(\)",
+        ),
+        (lambda t: replace(SHORT, stages=(100,)), r"stages holds 100; expected Stage\(100\)"),
+        (lambda t: replace(SHORT, batch_size=2.5), "batch_size must be an integer, got 2.5"),
+        (lambda t: replace(SHORT, jitter=1.5), "jitter must be an integer, got 1.5"),
+    ],
+)
+def test_wrong_types(call, text):
+    with pytest.raises(TypeError, match=text):
+        call(SmallCNN(4))
+
+
+def test_a_scripted_network_without_the_feature_term():
+    """Its gradient is that of the network it was made from."""
+    network, config = trained_like(SmallCNN(4)).eval(), replace(SHORT, feature_weight=0.0)
+    images = [
+        DeepInversion(model, (1, 8, 8), config).synthesize(torch.arange(4), generator=torch.Generator().manual_seed(0))
+        for model in (network, torch.jit.script(network))
+    ]
+    torch.testing.assert_close(images[1].images, images[0].images)
 
 
 # Dtypes, and callers in other modes

@@ -275,10 +275,14 @@ def test_wrong_types_of_layers(layers):
 
 
 def test_networks_whose_layers_do_not_run():
-    model = torch.jit.trace(nn.Sequential(nn.BatchNorm2d(1)).eval(), torch.randn(2, 1, 3, 3))
-    with BatchNormStatistics(model) as statistics:
-        model(torch.randn(2, 1, 3, 3))
-        with pytest.raises(RuntimeError, match="layers of a traced or exported network do not run"):
+    network, x = nn.Sequential(nn.BatchNorm2d(1)).eval(), torch.randn(2, 1, 3, 3)
+    for model in (torch.jit.trace(network, x), torch.jit.script(network)):
+        with pytest.raises(ValueError, match="model is a ScriptModule"):
+            BatchNormStatistics(model)
+    exported = torch.export.export(network, (x,)).module()
+    with BatchNormStatistics(exported, freeze=False) as statistics:
+        exported(x)
+        with pytest.raises(RuntimeError, match="layers of an exported network do not run"):
             statistics.loss()
 
 
