@@ -126,15 +126,22 @@ def inversion_config(options: argparse.Namespace) -> InversionConfig:
     """Return the preset with the changes that the options ask for.
 
     Raises:
-        ValueError: If only one of ``--mean`` and ``--std`` is given.
+        ValueError: If only one of ``--mean`` and ``--std`` is given, or they are missing or do not match the channels.
 
     """
-    config = InversionConfig.preset(options.preset)
+    config, channels = InversionConfig.preset(options.preset), options.image_shape[0]
     if (options.mean is None) != (options.std is None):
         given, missing = ("--mean", "--std") if options.std is None else ("--std", "--mean")
         raise ValueError(f"{given} was given without {missing}; give both --mean and --std, or neither")
     if options.mean is not None:
         config = replace(config, mean=tuple(options.mean), std=tuple(options.std))
+    if config.clip and config.mean is None:
+        raise ValueError(f"--preset {options.preset} keeps images in the range of real pixels; give --mean and --std")
+    if config.mean is not None and config.std is not None and {len(config.mean), len(config.std)} != {channels}:
+        raise ValueError(
+            f"the normalization has {len(config.mean)} means and {len(config.std)} deviations, but --image-shape "
+            f"{channels} channels; give --mean and --std with one value per channel"
+        )
     if options.batch_size is not None:
         config = replace(config, batch_size=options.batch_size)
     return config if options.iterations is None else config.with_iterations(options.iterations)

@@ -21,7 +21,7 @@ from kdkernels.distillation.distill import distill
 from kdkernels.distillation.pool import ImagePool
 from kdkernels.distillation.synthesis import recognized, synthesize_batch
 from kdkernels.inversion import DeepInversion, InversionConfig
-from kdkernels.ops._checks import check_integer
+from kdkernels.ops._checks import check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class DataFreeConfig:
     def __post_init__(self) -> None:
         for name in ("rounds", "batches", "epochs", "batch_size"):
             check_integer(name, getattr(self, name), minimum=1)
+        for name in ("learning_rate", "temperature", "weight_decay"):
+            check_number(name, getattr(self, name))
         for name in ("learning_rate", "temperature"):
             if not 0 < getattr(self, name) < inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
@@ -111,6 +113,7 @@ def data_free_distill(
         UserWarning: If a term of the synthesis keeps the teacher from recognizing the images; it names the weight.
 
     """
+    check_integer("seed", seed)
     inverter = DeepInversion(teacher, image_shape, inversion)
     _check(inverter, student, num_classes, config)
     loop = _Loop(inverter, student, config, seed, progress, on_round)
@@ -189,7 +192,7 @@ class _Loop:
         device, _ = placement(self.student)
         # The order of the images and dropout draw from torch's generator, which is given back as it was.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(int(self.seed) * 1_000_003 + number)
+            torch.manual_seed((int(self.seed) * 1_000_003 + number) % 2**63)
             return distill(
                 self.student,
                 self.inverter.teacher,

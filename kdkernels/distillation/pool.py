@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kdkernels._files import atomic_file, read_tensor_file, require_safetensors
 
+REMEDY = "remove that file, and the run that made it makes it again"
+
 
 class ImagePool:
     """Batches of synthesized images, in memory and optionally in files.
@@ -34,7 +36,10 @@ class ImagePool:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(self.folder.glob("batch_*.safetensors")):
                 if (number := re.fullmatch(r"batch_(\d+)\.safetensors", path.name)) is not None:
-                    self._batches[int(number[1])] = _read(path)
+                    images, labels = _read(path)
+                    if (fault := self._misfit(images)) is not None:
+                        raise ValueError(f"{path}: {fault}; {REMEDY}")
+                    self._batches[int(number[1])] = images, labels
 
     def path(self, index: int) -> Path | None:
         """Return the file of a batch, which need not exist; None for a pool in memory."""
@@ -63,10 +68,7 @@ class ImagePool:
         """
         index = max(self._batches, default=-1) + 1 if index is None else index
         images, labels = images.detach().cpu().contiguous(), labels.detach().cpu().contiguous()
-        fault = _fault(images, labels)
-        for other, _ in self._batches.values():
-            if fault is None and other.shape[1:] != images.shape[1:]:
-                fault = f"images are {list(images.shape)}, but the pool has images {list(other.shape[1:])}"
+        fault = _fault(images, labels) or self._misfit(images)
         if fault is not None:
             raise ValueError(f"{fault}; the batch was not added")
         path = self.path(index)
@@ -93,6 +95,12 @@ class ImagePool:
         """All labels [N], in the order of the batches' numbers."""
         return self._all(1)
 
+    def _misfit(self, images: Tensor) -> str | None:
+        for other, _ in self._batches.values():
+            if other.shape[1:] != images.shape[1:]:
+                return f"images are {list(images.shape)}, but the pool has images {list(other.shape[1:])}"
+        return None
+
     def _all(self, part: int) -> Tensor:
         if not self._batches:
             raise ValueError("the pool is empty; add a batch first")
@@ -115,15 +123,14 @@ def _fault(images: Tensor, labels: Tensor) -> str | None:
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:
-    remedy = "remove that file, and the run that made it makes it again"
     try:
         tensors = read_tensor_file(path)
     except ValueError as error:
-        raise ValueError(f"{error}; {remedy}") from error
+        raise ValueError(f"{error}; {REMEDY}") from error
     if not isinstance(tensors, dict) or not {"images", "labels"} <= tensors.keys():
-        raise ValueError(f"{path} holds no images and labels; {remedy}")
+        raise ValueError(f"{path} holds no images and labels; {REMEDY}")
     images, labels = tensors["images"], tensors["labels"]
     fault = _fault(images, labels)
     if fault is not None:
-        raise ValueError(f"{path}: {fault}; {remedy}")
+        raise ValueError(f"{path}: {fault}; {REMEDY}")
     return images, labels

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Literal, Self, get_args
 
-from kdkernels.ops._checks import check_choice, check_integer
+from kdkernels.ops._checks import check_choice, check_integer, check_number
 from kdkernels.ops._types import Mode, Moment
 
 Compete = Literal["js", "nvlabs", "datafree"]
@@ -114,6 +114,8 @@ class InversionConfig:
             check_choice(name, getattr(self, name), choices)
         check_integer("batch_size", self.batch_size, minimum=1)
         check_integer("jitter", self.jitter, minimum=0)
+        for name in ("learning_rate", "flip", *_WEIGHTS):
+            check_number(name, getattr(self, name))
         if not 0 < self.learning_rate < inf:
             raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a positive, finite number")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

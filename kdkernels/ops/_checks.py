@@ -44,7 +44,13 @@ def check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
 
 
-def check_integer(name: str, value: object, *, minimum: int) -> None:
+def check_number(name: str, value: object) -> None:
+    """Raise unless the argument is a number, of Python or in a scalar."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_integer(name: str, value: object, *, minimum: float = -math.inf) -> None:
     """Raise unless the argument is an integer, of Python or in a scalar, and not smaller than the minimum."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]

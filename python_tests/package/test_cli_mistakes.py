@@ -37,6 +37,11 @@ class Overflows(SmallCNN):
     def forward(self, x):
         return super().forward(x) + torch.where(x.abs().amax() > 4.5, float("nan"), 0.0)
 
+class Asserting(SmallCNN):
+    def forward(self, x):
+        assert x.shape[-1] == 32, "32 pixels"
+        return super().forward(x)
+
 class WithoutParameters(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Softplus())
@@ -116,8 +121,9 @@ OWN = {"--checkpoint": None, "--model-args": None}
         ({"--mean": "0.5", "--std": "0"}, "std is (0.0,); expected positive, finite numbers"),
         ({"--mean": "0.5", "--std": "-1"}, "std is (-1.0,); expected positive, finite numbers"),
         ({"--mean": "nan", "--std": "1"}, "mean is (nan,); expected finite numbers"),
-        ({"--preset": "nvlabs-imagenet-1"}, "have 3 and 3 values; expected 1, one per channel"),
-        ({"--preset": "datafree-deepinv"}, "needs config.mean and config.std"),
+        ({"--preset": "nvlabs-imagenet-1"}, "1 channels; give --mean and --std with one value per channel"),
+        ({"--preset": "datafree-deepinv"}, "in the range of real pixels; give --mean and --std"),
+        ({"--model": "my_networks:Asserting", **OWN}, "teacher does not accept images of shape [1, 8, 8]: 32 pixels"),
         # The machine
         ({"--device": "tpu"}, "--device is 'tpu', which cannot be used (no such kind of device)"),
         ({"--device": "cuda:7"}, "--device is 'cuda:7', which cannot be used"),

@@ -169,6 +169,10 @@ def test_settings_may_be_numpy_scalars(tmp_path):
     assert run(tmp_path)[1] == expected  # the same run
 
 
+def test_a_seed_may_be_as_large_as_the_time_in_nanoseconds():
+    assert run(None, seed=10**19)[1]["loss"] != run(None, seed=5)[1]["loss"]
+
+
 def test_rounds_are_annealed_together():
     _, history = run(None)
     expected = [CONFIG.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
@@ -335,7 +339,7 @@ def test_networks_of_different_dtypes(tmp_path, dtypes):
     [
         ({"rounds": 0}, "rounds is 0; expected 1 or more"),
         ({"batch_size": -1}, "batch_size is -1; expected 1 or more"),
-        ({"epochs": 2.5}, r"epochs must be an integer, got 2\.5"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
         ({"temperature": 0.0}, r"temperature is 0\.0; expected a positive number"),
         ({"learning_rate": math.nan}, "learning_rate is nan; expected a positive number"),
         ({"weight_decay": -1e-4}, "weight_decay is -0.0001; expected 0 or more"),

@@ -166,6 +166,7 @@ def test_wrong_calls(call, text):
         ),
         (lambda t: replace(SHORT, stages=(100,)), r"stages holds 100; expected Stage\(100\)"),
         (lambda t: replace(SHORT, batch_size=2.5), "batch_size must be an integer, got 2.5"),
+        (lambda t: replace(SHORT, tv_l2="1e-3"), "tv_l2 must be a number, got '1e-3'"),
         (lambda t: replace(SHORT, jitter=1.5), "jitter must be an integer, got 1.5"),
     ],
 )

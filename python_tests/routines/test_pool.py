@@ -65,5 +65,9 @@ def test_damaged_batches_are_named(tmp_path):
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match=r"batch_00000\.safetensors holds no images and labels"):
         ImagePool(tmp_path)
+    save_file({"images": torch.ones(2, 1, 4, 4), "labels": torch.tensor([0, 1])}, path)
+    save_file({"images": torch.ones(2, 3, 4, 4), "labels": torch.tensor([0, 1])}, tmp_path / "batch_00001.safetensors")
+    with pytest.raises(ValueError, match=r"batch_00001\.safetensors: images are .* has images \[1, 4, 4\]; remove"):
+        ImagePool(tmp_path)
     with pytest.raises(ValueError, match="the pool is empty"):
         _ = ImagePool().images

@@ -75,3 +75,8 @@ def test_seeds_of_batches_do_not_collide():
         for index in range(20)
     }
     assert len(numbers) == 100
+
+
+def test_a_seed_that_is_not_a_number_is_refused():
+    with pytest.raises(TypeError, match="seed must be an integer, got None"):
+        data_free_distill(SmallCNN(4), SmallCNN(3), (1, 8, 8), 10, inversion=PRESETS["digits"], seed=None)
