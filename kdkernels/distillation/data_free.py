@@ -105,6 +105,7 @@ def data_free_distill(
         epoch, and ``"recognized"``, the share of images that the teacher recognizes, one value per batch.
 
     Raises:
+        TypeError: If seed is not an integer.
         ValueError: If a network, its classes or a setting do not fit, or the folder holds another run.
         NonFiniteLossError: If a loss is NaN or infinite; see :meth:`DeepInversion.synthesize` and :func:`distill`.
         OSError: If the folder cannot be written, or its disk has no room for the run.

@@ -84,9 +84,10 @@ def distill(
         The history, one value per epoch: ``"loss"``, averaged over the images, and ``"learning_rate"``.
 
     Raises:
-        TypeError: If a batch is not one of the accepted forms.
-        ValueError: If an argument is not accepted, student and teacher share parameters, an epoch has no batch, or the
-            checkpoint holds another run or more epochs than requested. The message says which value differs.
+        TypeError: If a batch is not one of the accepted forms, or scheduler is not a scheduler.
+        ValueError: If an argument is not accepted, student and teacher share parameters or running statistics,
+            scheduler is that of another optimizer, an epoch has no batch, or the checkpoint holds another run or more
+            epochs than requested. The message says which value differs.
         NonFiniteLossError: If a loss or a parameter is NaN or infinite, noticed within 50 batches. The student and the
             optimizer are then in their last checked state; ``state`` is the history of the finished epochs.
         KeyboardInterrupt: If interrupted; the checkpoint holds all finished epochs.
