@@ -10,7 +10,7 @@ REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 
 
 class NonFiniteLossError(FloatingPointError):
-    """Raised when a loss is NaN or infinite: what was lost to it is nothing that would have been of use.
+    """Raised when a loss is NaN or infinite; the state before it is kept.
 
     Attributes:
         term: Name of the first term that was not finite.

@@ -9,8 +9,8 @@ from kdkernels._networks import placement
 from kdkernels._run_folder import describe, require_space, run_folder
 from kdkernels.cli._options import Commands, add_inversion, add_model, inversion_config, positive, trained_model
 from kdkernels.cli._pictures import report_missing_packages, save_curves, save_grid
-from kdkernels.distillation import ImagePool
-from kdkernels.distillation.synthesis import recognized, synthesize_batch
+from kdkernels.distillation import ImagePool, accuracy
+from kdkernels.distillation.synthesis import synthesize_batch
 from kdkernels.inversion import DeepInversion
 
 
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             pool.add(result.images, result.labels, index=index)
             save_curves(folder / f"curves_{index:05d}.png", {"terms of the loss": result.history}, "iteration")
         save_grid(folder / "grid.png", pool.images, pool.labels, mean=config.mean, std=config.std)
-        share = recognized(inverter.teacher, pool.images, pool.labels)
+        share = accuracy(inverter.teacher, pool.images, pool.labels)
     print(f"The teacher recognizes {share:.0%} of the images.")
     print(f"Wrote {len(pool)} batches of {config.batch_size} images, histories and pictures to {folder}.")
     return 0

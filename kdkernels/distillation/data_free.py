@@ -17,9 +17,9 @@ from kdkernels._networks import check_finite, count_classes, placement
 from kdkernels._run_folder import describe, require_space, run_folder
 from kdkernels.checkpoints import save_weights, weights_as_bytes
 from kdkernels.distillation._rehearsal import check_networks, rehearse
-from kdkernels.distillation.distill import distill
+from kdkernels.distillation.distill import accuracy, distill
 from kdkernels.distillation.pool import ImagePool
-from kdkernels.distillation.synthesis import recognized, synthesize_batch
+from kdkernels.distillation.synthesis import synthesize_batch
 from kdkernels.inversion import DeepInversion, InversionConfig
 from kdkernels.ops._checks import check_integer, check_number
 
@@ -168,7 +168,7 @@ class _Loop:
             if self.on_round is not None:
                 self.on_round(number, self.student)
         images_of_each = [pool.batch(index) for index in range(self.config.rounds * self.config.batches)]
-        history["recognized"] = [recognized(self.inverter.teacher, *batch) for batch in images_of_each]
+        history["recognized"] = [accuracy(self.inverter.teacher, *batch) for batch in images_of_each]
         if folder is not None:
             check_finite(self.student, "student")
             save_weights(self.student, folder / "student.safetensors")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from kdkernels.distillation.distill import accuracy
@@ -59,18 +59,13 @@ def synthesize_batch(
     labels = chosen[balanced_labels(index, config.batch_size, len(chosen), generator)]
     with progress_bar(config, f"batch {index + 1}", progress) as advance:
         result = inverter.synthesize(labels, generator=generator, progress=advance)
-    share = recognized(inverter.teacher, result.images, result.labels)
+    share = accuracy(inverter.teacher, result.images, result.labels)
     if progress:
         tqdm.write(f"batch {index + 1}: the teacher recognizes {share:.0%} of the images")
     reason = drowned(result.history, share)
     if reason is not None:
         warnings.warn(f"batch {index + 1}: {reason}", stacklevel=2)
     return result, share
-
-
-def recognized(teacher: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images whose most likely class, according to the teacher, is their label."""
-    return accuracy(teacher, images, labels)
 
 
 def drowned(history: Mapping[str, Sequence[float]], share: float) -> str | None:

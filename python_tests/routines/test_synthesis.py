@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdkernels.distillation import DataFreeConfig, data_free_distill
-from kdkernels.distillation.synthesis import balanced_labels, batch_generator, drowned, recognized
+from kdkernels.distillation import DataFreeConfig, accuracy, data_free_distill
+from kdkernels.distillation.synthesis import balanced_labels, batch_generator, drowned
 from kdkernels.inversion import PRESETS
 from kdkernels.models import SmallCNN
 
@@ -41,7 +41,7 @@ def test_labels_of_a_batch_are_in_random_order_and_reproducible():
 def test_the_share_of_recognized_images_is_that_of_the_largest_logits():
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False)).half()
     nn.init.eye_(teacher[1].weight)
-    assert recognized(teacher, torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])) == 0.75
+    assert accuracy(teacher, torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])) == 0.75
 
 
 def test_a_term_that_drowns_the_others_is_named():
