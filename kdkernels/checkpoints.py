@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{type(model).__name__}; untie them in the network, or load weights of a tied one"
             )
     fitted = OrderedDict(state)
-    # The names are those of this version of the network's modules, whatever the file says or does not say of versions.
+    # The names are those of this version of the network's modules, also where the file names no version or another one.
     fitted._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     model.load_state_dict(fitted, strict=False)
 

@@ -4,6 +4,17 @@ import torch
 from torch import nn
 
 
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3, bias=False)
+        self.outer = nn.Linear(3, 3)
+        self.outer.weight = self.inner.weight
+        self.norm = nn.BatchNorm1d(3)
+
+
 def trained_like(model, seed=0):
     """Return the model with running statistics and scales unlike those of a new model."""
     generator = torch.Generator().manual_seed(seed)

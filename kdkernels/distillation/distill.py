@@ -122,7 +122,7 @@ def distill(
     done = len(history["loss"])
     step = _Step(student, teacher, optimizer, scheduler if by_step else None, options, unpack)
     try:
-        grad_mode = (torch.inference_mode(False), torch.enable_grad())  # whatever the caller's
+        grad_mode = (torch.inference_mode(False), torch.enable_grad())  # also where the caller has neither
         with (
             grad_mode[0],
             grad_mode[1],

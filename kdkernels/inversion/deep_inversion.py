@@ -48,7 +48,7 @@ def learning_rate_at(config: InversionConfig, iteration: int, iterations: int) -
 class DeepInversion:
     """Synthesizes images that a trained network recognizes and whose features match its BatchNorm statistics.
 
-    The images, the optimizer and the loss are in fp32 (fp64 for a teacher in fp64), whatever the teacher's dtype; the
+    The images, the optimizer and the loss are in fp32 (fp64 for a teacher in fp64), also for a teacher in 16 bits; the
     images are converted for a network in 16 bits, and left in fp32 under ``torch.autocast``. In fp16 the loss is scaled
     for the backward by ``torch.amp.GradScaler``. Source: Yin et al., arXiv 1912.08795; each preset names its own.
 

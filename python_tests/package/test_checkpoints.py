@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import Tied
 from safetensors.torch import save_file
 from torch import nn
 
@@ -28,15 +29,6 @@ class OnlyModule(nn.Module):
     def __init__(self):
         super().__init__()
         self.module = nn.Linear(2, 2)
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(3, 3, bias=False)
-        self.outer = nn.Linear(3, 3)
-        self.outer.weight = self.inner.weight
-        self.norm = nn.BatchNorm1d(3)
 
 
 def prefixed(prefix, state):

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from networks import Tied
 from safetensors.torch import load_file, save_model
 from torch import nn
 
@@ -14,15 +15,6 @@ from kdkernels import checkpoints
 from kdkernels._files import atomic_file, read_json, write_json
 from kdkernels.checkpoints import fingerprint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from kdkernels.models import SmallCNN
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(3, 3, bias=False)
-        self.outer = nn.Linear(3, 3)
-        self.outer.weight = self.inner.weight
-        self.norm = nn.BatchNorm1d(3)
 
 
 def assert_same(model, other):
