@@ -3,6 +3,7 @@
 import inspect
 
 from kdkernels.ops import _tracing
+from kdkernels.ops.batch_norm_act_stats import BatchNormActStats, batch_norm_act_stats
 from kdkernels.ops.batch_norm_stats import (
     BatchNormStats,
     BatchNormTap,
@@ -16,9 +17,11 @@ from kdkernels.ops.softmax_divergence import distillation_loss, js_div_with_logi
 from kdkernels.ops.total_variation import ImagePriorLosses, image_prior_losses, total_variation
 
 __all__ = [
+    "BatchNormActStats",
     "BatchNormStats",
     "BatchNormTap",
     "ImagePriorLosses",
+    "batch_norm_act_stats",
     "batch_norm_stat_distances",
     "batch_norm_stat_loss",
     "batch_norm_stats",

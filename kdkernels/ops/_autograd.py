@@ -35,7 +35,7 @@ def savable(tensor: Tensor) -> Tensor:
 
 
 def pull_back(
-    gradient: Callable[..., Tensor], optional: Sequence[Tensor | None], required: Tensor, cotangent: Tensor
+    gradient: Callable[..., Any], optional: Sequence[Tensor | None], required: Tensor, cotangent: Any
 ) -> tuple[Tensor | None, ...]:
     """Return the cotangents of a gradient's arguments, None for those that were not given.
 
@@ -43,12 +43,12 @@ def pull_back(
         gradient: Function of the optional arguments, None for those that were not given, and of the required one.
         optional: Incoming gradients, some of which may be None.
         required: Tensor that the gradient is taken with respect to.
-        cotangent: Cotangent of the result.
+        cotangent: Cotangent of the result, a tuple if that is one.
 
     """
     given = [tensor for tensor in optional if tensor is not None]
 
-    def of_given(*primals: Tensor) -> Tensor:
+    def of_given(*primals: Tensor) -> Any:
         rest = iter(primals[:-1])
         return gradient(*(None if tensor is None else next(rest) for tensor in optional), primals[-1])
 

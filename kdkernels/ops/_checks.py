@@ -46,7 +46,8 @@ def check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Raise unless the argument is a number, of Python or in a scalar."""
-    if not hasattr(value, "__float__"):
+    symbolic = isinstance(value, (torch.SymFloat, torch.SymInt))  # which torch.compile looks into with isinstance alone
+    if not symbolic and not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
