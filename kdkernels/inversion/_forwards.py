@@ -2,10 +2,12 @@
 
 import threading
 import weakref
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from kdkernels.inversion._recomputation import in_first_run
 
 
 class LayerUse(NamedTuple):
@@ -63,6 +65,50 @@ class Forward:
         use = self.replica_uses.get(replica, 0)
         self.replica_uses[replica] = use + 1
         return use
+
+    def read(self, names: list[str], unbiased: bool, uses: Literal["all", "last"]) -> list[Record]:
+        """Return the records that count, one of each use of a layer.
+
+        Args:
+            names: Names of the layers.
+            unbiased: Whether the variances are divided by n - 1.
+            uses: Uses of a layer that count.
+
+        Raises:
+            RuntimeError: If there are none, or they are not those of one whole forward.
+
+        """
+        if in_first_run():
+            raise RuntimeError(
+                "the loss is read inside of what torch.utils.checkpoint runs with use_reentrant=True, where it has no "
+                "gradient; read it outside, or use use_reentrant=False"
+            )
+        if self.compiled_without_grad:
+            raise RuntimeError(
+                "layers ran without gradients in compiled code, where torch.no_grad() and torch.utils.checkpoint with "
+                "use_reentrant=True cannot be told apart; use use_reentrant=False, or do not compile this part"
+            )
+        if self.failed:
+            raise RuntimeError("the latest forward ended in an error, so that it has no loss; call the model again")
+        if self.repeated:
+            self.ended = True
+            repeated = ", ".join(names[layer] for layer in self.repeated)
+            raise RuntimeError(
+                f"{repeated} ran twice outside a call of the model, in one forward or in two, which cannot be told; "
+                "call the model itself, read the loss after each forward, or mark one by `with statistics.forward():`"
+            )
+        if not self.records:
+            raise RuntimeError(
+                "no BatchNorm layer has run yet; call the model inside the with block first. (The layers of an "
+                "exported network do not run; use the original network.)"
+            )
+        if not self.known:
+            self.ended = True
+        records = merged(self.records, unbiased) if self.replica_uses is not None else self.records
+        if uses == "all":
+            return records
+        last = {record.layer: record for record in records}
+        return [record for record in records if record is last[record.layer]]
 
 
 def merged(records: list[Record], unbiased: bool) -> list[Record]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels._networks import frozen
-from kdkernels.functional import batch_norm_stat_distances, batch_norm_tap
-from kdkernels.inversion._forwards import Forward, LayerUse, Record, Replicas, is_replica, lock, merged
+from kdkernels.functional import batch_norm_tap
+from kdkernels.inversion._distances import Distances
+from kdkernels.inversion._forwards import Forward, LayerUse, Record, Replicas, is_replica, lock
 from kdkernels.inversion._layers import At, Layers, find_layers, targets_of, weights_of
 from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined
 from kdkernels.ops._checks import check_choice
@@ -107,6 +108,7 @@ class BatchNormStatistics:
         self._modules = list(found.values())
         self._channels = [len(module.running_mean) for module in found.values()]  # type: ignore[arg-type]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._distances = Distances(self._modules, at=at, fixed=freeze, mode=mode, moment=moment)
         self._replicas = Replicas(self._modules)
         self._frozen = frozen(model) if freeze else nullcontext()
         self._reset()
@@ -146,7 +148,7 @@ class BatchNormStatistics:
         self._forward = Forward(known=False)
         self._depth = 0  # of calls of the network inside one another
         self._recomputation = Recomputation(self.layers)
-        self._running: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._distances.forget_running()
 
     # What happens in a forward
 
@@ -256,65 +258,6 @@ class BatchNormStatistics:
 
     # What is made of it
 
-    def _counted(self) -> list[Record]:
-        """Return the records of the latest forward that count."""
-        forward = self._forward
-        if in_first_run():
-            raise RuntimeError(
-                "the loss is read inside of what torch.utils.checkpoint runs with use_reentrant=True, where it has no "
-                "gradient; read it outside, or use use_reentrant=False"
-            )
-        if forward.compiled_without_grad:
-            raise RuntimeError(
-                "layers ran without gradients in compiled code, where torch.no_grad() and torch.utils.checkpoint with "
-                "use_reentrant=True cannot be told apart; use use_reentrant=False, or do not compile this part"
-            )
-        if forward.failed:
-            raise RuntimeError("the latest forward ended in an error, so that it has no loss; call the model again")
-        if forward.repeated:
-            forward.ended = True
-            names = ", ".join(self.layers[index] for index in forward.repeated)
-            raise RuntimeError(
-                f"{names} ran twice outside a call of the model, in one forward or in two, which cannot be told; call "
-                "the model itself, read the loss after each forward, or mark one by `with statistics.forward():`"
-            )
-        if not forward.records:
-            raise RuntimeError(
-                "no BatchNorm layer has run yet; call the model inside the with block first. (The layers of an "
-                "exported network do not run; use the original network.)"
-            )
-        if not forward.known:
-            forward.ended = True
-        records = merged(forward.records, self.unbiased) if forward.replica_uses is not None else forward.records
-        if self.uses == "all":
-            return records
-        last = {record.layer: record for record in records}
-        return [record for record in records if record is last[record.layer]]
-
-    def _targets(self, records: list[Record]) -> tuple[Tensor, Tensor]:
-        """Return the concatenated targets of records, cached where the model is frozen."""
-        order = tuple(record.layer for record in records)
-        if order in self._running:
-            return self._running[order]
-        device = records[0].mean.device
-        pairs = [r.targets or targets_of(self._modules[r.layer], self.at) for r in records]
-        means, variances = (torch.cat([values.to(device) for values in side]) for side in zip(*pairs, strict=True))
-        if self.freeze:
-            self._running[order] = means, variances
-        return means, variances
-
-    def _distances(self, records: list[Record]) -> Tensor:
-        device = records[0].mean.device
-        means, variances = [r.mean.to(device) for r in records], [r.var.to(device) for r in records]
-        return batch_norm_stat_distances(
-            torch.cat(means),
-            torch.cat(variances),
-            *self._targets(records),
-            [len(mean) for mean in means],
-            mode=self.mode,
-            moment=self.moment,
-        )
-
     def losses(self) -> dict[LayerUse, Tensor]:
         """Return the distance of each use of a layer in the latest forward, in the order in which they ran.
 
@@ -325,9 +268,9 @@ class BatchNormStatistics:
                 records belong to one forward.
 
         """
-        records = self._counted()
+        records = self._forward.read(self.layers, self.unbiased, self.uses)
         names = [LayerUse(self.layers[record.layer], record.use) for record in records]
-        return dict(zip(names, self._distances(records).unbind(), strict=True))
+        return dict(zip(names, self._distances.of(records).unbind(), strict=True))
 
     def loss(self, weights: Sequence[float] | Mapping[str, float] | None = None) -> Tensor:
         """Return the weighted sum over the uses of layers in the latest forward.
@@ -341,8 +284,8 @@ class BatchNormStatistics:
             ValueError: If the number of weights differs from the number of layers, or a name is not that of a layer.
 
         """
-        records = self._counted()
-        losses = self._distances(records)
+        records = self._forward.read(self.layers, self.unbiased, self.uses)
+        losses = self._distances.of(records)
         if weights is None:
             return losses.sum()
         of_layers = weights_of(weights, self.layers)
