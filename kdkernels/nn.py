@@ -10,7 +10,7 @@ from kdkernels import functional
 from kdkernels._coefficients import Coefficients, shown
 from kdkernels._gradient_reversal import GradientReversal, GradientReversalLinear, WarmStartGradientReversal
 from kdkernels.ops import total_variation as _total_variation
-from kdkernels.ops._types import Mode, Moment, Reduction
+from kdkernels.ops._types import ChannelReduction, Mode, Moment, Reduction
 from kdkernels.ops.softmax_divergence import Divergence
 
 __all__ = [
@@ -180,25 +180,48 @@ class BatchNormStatLoss(Module):
     Call it with an activation, a running mean and a running variance.
     """
 
-    def __init__(self, *, mode: Mode = "l2", moment: Moment = "var", unbiased: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        mode: Mode = "l2",
+        moment: Moment = "var",
+        reduction: ChannelReduction | None = None,
+        mean_weight: float = 1.0,
+        var_weight: float = 1.0,
+        unbiased: bool = False,
+    ) -> None:
         super().__init__()
         self.mode: Mode = mode
         self.moment: Moment = moment
+        self.reduction: ChannelReduction | None = reduction
+        self.mean_weight = mean_weight
+        self.var_weight = var_weight
         self.unbiased = unbiased
 
     def forward(self, input: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
         """Return the distance of the activation's statistics from the running statistics."""
         return functional.batch_norm_stat_loss(
-            input, running_mean, running_var, mode=self.mode, moment=self.moment, unbiased=self.unbiased
+            input,
+            running_mean,
+            running_var,
+            mode=self.mode,
+            moment=self.moment,
+            reduction=self.reduction,
+            mean_weight=self.mean_weight,
+            var_weight=self.var_weight,
+            unbiased=self.unbiased,
         )
 
     def extra_repr(self) -> str:
         """Show which distance it is."""
-        spread = self.moment
+        means, spreads = "mean - running_mean", f"{self.moment} - running_{self.moment}"
+        a, b = (f"{weight} " if weight != 1 else "" for weight in (self.mean_weight, self.var_weight))
+        over = f"{self.reduction or 'mean'} over channels of"
         formula = {
-            "l2": f"||mean - running_mean|| + ||{spread} - running_{spread}||",
-            "squared": f"mean over channels of (mean - running_mean)^2 + ({spread} - running_{spread})^2",
-            "gaussian_kl": "mean over channels of the Gaussian KL",
+            "l2": f"{a}||{means}|| + {b}||{spreads}||",
+            "l1": f"{over} {a}|{means}| + {b}|{spreads}|",
+            "squared": f"{over} {a}({means})^2 + {b}({spreads})^2",
+            "gaussian_kl": f"{over} the Gaussian KL",
         }.get(self.mode, self.mode)
         return f"{formula}, unbiased={self.unbiased}"
 

@@ -37,11 +37,13 @@ KDKERNELS_INLINE int64_t plane_offset(const ChannelTensor& tensor, int64_t sampl
   return sample * tensor.sample_stride + channel * tensor.channel_stride;
 }
 
-inline math::StatDistance stat_distance(const std::string& mode, const std::string& moment, int64_t channels) {
+inline math::StatDistance stat_distance(const std::string& mode, const std::string& moment,
+                                        const std::string& reduction, double mean_weight, double var_weight) {
   const math::StatMode stat_mode = mode == "l2"        ? math::StatMode::l2
+                                   : mode == "l1"      ? math::StatMode::l1
                                    : mode == "squared" ? math::StatMode::squared
                                                        : math::StatMode::gaussian_kl;
-  return {stat_mode, moment == "std", double(channels)};
+  return {stat_mode, moment == "std", reduction == "sum", mean_weight, var_weight};
 }
 
 }  // namespace kdkernels

@@ -64,11 +64,11 @@ Tensor batch_norm_tap_backward(std::optional<Tensor> grad_output, std::optional<
 
 // Calls body(layer, first channel, distance) for each layer; their statistics lie one after another in flat tensors.
 template <class Body>
-void for_each_layer(const std::vector<int64_t>& channels, const std::string& mode, const std::string& moment,
-                    const Body& body) {
+void for_each_layer(const std::vector<int64_t>& channels, math::StatDistance distance, const Body& body) {
   int64_t first = 0;
   for (size_t layer = 0; layer < channels.size(); ++layer) {
-    body(layer, first, stat_distance(mode, moment, channels[layer]));
+    distance.channels = double(channels[layer]);
+    body(layer, first, distance);
     first += channels[layer];
   }
 }
@@ -87,13 +87,15 @@ struct Channels {
 };
 
 Tensor batch_norm_stat_distances(Tensor mean, Tensor var, Tensor running_mean, Tensor running_var,
-                                 std::vector<int64_t> channels, std::string mode, std::string moment) {
+                                 std::vector<int64_t> channels, std::string mode, std::string moment,
+                                 std::string reduction, double mean_weight, double var_weight) {
+  const math::StatDistance asked = stat_distance(mode, moment, reduction, mean_weight, var_weight);
   Tensor losses = torch::stable::new_empty(mean, std::array<int64_t, 1>{int64_t(channels.size())});
   const FourTensors statistics = dense_statistics(mean, var, running_mean, running_var);
   dispatch_compute_type(is_double(mean), [&](auto type) {
     using S = typename decltype(type)::type;
     const Channels<S> channel(statistics);
-    for_each_layer(channels, mode, moment, [&](size_t layer, int64_t first, const math::StatDistance& distance) {
+    for_each_layer(channels, asked, [&](size_t layer, int64_t first, const math::StatDistance& distance) {
       math::StatDistance::Sums sums;
       for (int64_t c = 0; c < channels[layer]; ++c) distance.measure(channel[first + c], sums);
       losses.mutable_data_ptr<S>()[layer] = S(distance.value(sums));
@@ -102,11 +104,10 @@ Tensor batch_norm_stat_distances(Tensor mean, Tensor var, Tensor running_mean, T
   return losses;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_stat_distances_backward(Tensor grad_losses, Tensor mean,
-                                                                              Tensor var, Tensor running_mean,
-                                                                              Tensor running_var,
-                                                                              std::vector<int64_t> channels,
-                                                                              std::string mode, std::string moment) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_stat_distances_backward(
+    Tensor grad_losses, Tensor mean, Tensor var, Tensor running_mean, Tensor running_var, std::vector<int64_t> channels,
+    std::string mode, std::string moment, std::string reduction, double mean_weight, double var_weight) {
+  const math::StatDistance asked = stat_distance(mode, moment, reduction, mean_weight, var_weight);
   FourTensors grads = new_gradients(mean);
   const FourTensors statistics = dense_statistics(mean, var, running_mean, running_var);
   dispatch_compute_type(is_double(mean), [&](auto type) {
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_stat_distances_backward(Te
     const Tensor incoming = torch::stable::contiguous(grad_losses);
     S* out[4];
     for (size_t i = 0; i < 4; ++i) out[i] = grads[i].mutable_data_ptr<S>();
-    for_each_layer(channels, mode, moment, [&](size_t layer, int64_t first, const math::StatDistance& distance) {
+    for_each_layer(channels, asked, [&](size_t layer, int64_t first, const math::StatDistance& distance) {
       const double grad = double(incoming.const_data_ptr<S>()[layer]);
       math::StatDistance::Sums sums;
       for (int64_t c = 0; c < channels[layer]; ++c) distance.measure(channel[first + c], sums);

@@ -45,11 +45,7 @@ Tensor batch_norm_tap_backward(std::optional<Tensor> grad_output, std::optional<
 }
 
 // Runs the distances of all layers, as many at a time as one launch takes.
-void run_distances(const OnDevice& device, StatDistanceCall call, const std::vector<int64_t>& channels,
-                   const std::string& mode, const std::string& moment, bool backward) {
-  const math::StatDistance distance = stat_distance(mode, moment, 0);
-  call.mode = distance.mode;
-  call.root = distance.root;
+void run_distances(const OnDevice& device, StatDistanceCall call, const std::vector<int64_t>& channels, bool backward) {
   const size_t size = call.is_double ? 8 : 4;
   for (size_t done = 0; done < channels.size(); done += size_t(call.layers)) {
     call.layers = int(std::min(channels.size() - done, size_t(layers_of_launch)));
@@ -67,37 +63,37 @@ void run_distances(const OnDevice& device, StatDistanceCall call, const std::vec
   }
 }
 
-StatDistanceCall call_of(const FourTensors& statistics) {
+StatDistanceCall call_of(const FourTensors& statistics, const math::StatDistance& distance) {
   StatDistanceCall call;
+  call.distance = distance;
   for (size_t i = 0; i < 4; ++i) call.statistics[i] = statistics[i].const_data_ptr();
   call.is_double = is_double(statistics[0]);
   return call;
 }
 
 Tensor batch_norm_stat_distances(Tensor mean, Tensor var, Tensor running_mean, Tensor running_var,
-                                 std::vector<int64_t> channels, std::string mode, std::string moment) {
+                                 std::vector<int64_t> channels, std::string mode, std::string moment,
+                                 std::string reduction, double mean_weight, double var_weight) {
   const OnDevice device(mean);
   const FourTensors statistics = dense_statistics(mean, var, running_mean, running_var);
-  StatDistanceCall call = call_of(statistics);
+  StatDistanceCall call = call_of(statistics, stat_distance(mode, moment, reduction, mean_weight, var_weight));
   Tensor losses = torch::stable::new_empty(mean, std::array<int64_t, 1>{int64_t(channels.size())});
   call.losses = losses.mutable_data_ptr();
-  run_distances(device, call, channels, mode, moment, false);
+  run_distances(device, call, channels, false);
   return losses;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_stat_distances_backward(Tensor grad_losses, Tensor mean,
-                                                                              Tensor var, Tensor running_mean,
-                                                                              Tensor running_var,
-                                                                              std::vector<int64_t> channels,
-                                                                              std::string mode, std::string moment) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_stat_distances_backward(
+    Tensor grad_losses, Tensor mean, Tensor var, Tensor running_mean, Tensor running_var, std::vector<int64_t> channels,
+    std::string mode, std::string moment, std::string reduction, double mean_weight, double var_weight) {
   const OnDevice device(mean);
   const FourTensors statistics = dense_statistics(mean, var, running_mean, running_var);
-  StatDistanceCall call = call_of(statistics);
+  StatDistanceCall call = call_of(statistics, stat_distance(mode, moment, reduction, mean_weight, var_weight));
   FourTensors grads = new_gradients(mean);
   for (size_t i = 0; i < 4; ++i) call.gradients[i] = grads[i].mutable_data_ptr();
   const Tensor incoming = torch::stable::contiguous(grad_losses);
   call.grad_losses = incoming.const_data_ptr();
-  run_distances(device, call, channels, mode, moment, true);
+  run_distances(device, call, channels, true);
   return {grads[0], grads[1], grads[2], grads[3]};
 }
 

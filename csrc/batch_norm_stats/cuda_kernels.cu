@@ -189,8 +189,11 @@ struct LayerStatistics {
   int64_t first, last;
 
   __device__ __forceinline__ explicit LayerStatistics(const StatDistanceCall& call)
-      : call(call), first(call.first_channel[blockIdx.x]), last(call.first_channel[blockIdx.x + 1]) {
-    distance = {call.mode, call.root, double(last - first)};
+      : call(call),
+        distance(call.distance),
+        first(call.first_channel[blockIdx.x]),
+        last(call.first_channel[blockIdx.x + 1]) {
+    distance.channels = double(last - first);
   }
   __device__ __forceinline__ math::StatDistance::Channel operator[](int64_t c) const {
     const auto number = [&](int i) { return double(static_cast<const S*>(call.statistics[i])[c]); };

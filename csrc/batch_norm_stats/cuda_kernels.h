@@ -69,8 +69,7 @@ constexpr int layers_of_launch = 256;
 
 struct StatDistanceCall {
   bool is_double = false;
-  math::StatMode mode = math::StatMode::l2;
-  bool root = false;
+  math::StatDistance distance = {};   // without the channels, which differ by layer
   const void* statistics[4] = {};     // mean, variance, running mean, running variance
   void* losses = nullptr;             // by layer
   const void* grad_losses = nullptr;  // by layer

@@ -45,14 +45,16 @@ KDKERNELS_INLINE V statistics_gradient(V x, V mean, V constant, V slope) {
   return (x - mean) * slope + constant;
 }
 
-enum class StatMode { l2, squared, gaussian_kl };
+enum class StatMode { l2, l1, squared, gaussian_kl };
 
 // The distance of a layer's statistics from its running statistics. First `measure` adds up every channel; the value
-// and the gradients follow from the sums. The spread that l2 and squared compare is the variance or its root.
+// and the gradients follow from the sums. The spread that all modes but gaussian_kl compare is the variance or its
+// root.
 struct StatDistance {
   StatMode mode;
-  bool root;
-  double channels;
+  bool root, sum;  // sum: over the channels, else their mean
+  double mean_weight, spread_weight;
+  double channels = 0;
 
   struct Channel {
     double mean, variance, running_mean, running_variance;
@@ -66,6 +68,7 @@ struct StatDistance {
 
   static constexpr double eps = 1e-8;  // added to both variances of gaussian_kl
 
+  KDKERNELS_INLINE double divisor() const { return sum || channels == 0 ? 1 : channels; }
   KDKERNELS_INLINE double spread(double variance) const { return root ? std::sqrt(variance) : variance; }
   // d spread / d variance, 0 where the root has no derivative
   KDKERNELS_INLINE double slope(double spread) const { return !root ? 1 : spread == 0 ? 0 : 0.5 / spread; }
@@ -79,31 +82,37 @@ struct StatDistance {
       return;
     }
     const double spreads = spread(c.variance) - spread(c.running_variance);
-    sums.means += means * means;
-    sums.spreads += spreads * spreads;
+    const bool absolute = mode == StatMode::l1;
+    sums.means += absolute ? std::fabs(means) : means * means;
+    sums.spreads += absolute ? std::fabs(spreads) : spreads * spreads;
   }
 
   KDKERNELS_INLINE double value(const Sums& sums) const {
-    if (mode == StatMode::l2) return std::sqrt(sums.means) + std::sqrt(sums.spreads);
-    return channels > 0 ? (sums.means + sums.spreads) / channels : 0;
+    if (mode == StatMode::l2) return mean_weight * std::sqrt(sums.means) + spread_weight * std::sqrt(sums.spreads);
+    return (mean_weight * sums.means + spread_weight * sums.spreads) / divisor();
   }
 
   KDKERNELS_INLINE Gradients gradients(const Channel& c, const Sums& sums) const {
     const double means = c.mean - c.running_mean;
     if (mode == StatMode::gaussian_kl) {
       const double v = c.variance + eps, r = c.running_variance + eps;
-      const double by_mean = means / (v * channels);
-      return {by_mean, 0.5 * ((v - r) - means * means) / (v * v * channels), -by_mean,
-              0.5 * (r - v) / (v * r * channels)};
+      const double by_mean = means / (v * divisor());
+      return {by_mean, 0.5 * ((v - r) - means * means) / (v * v * divisor()), -by_mean,
+              0.5 * (r - v) / (v * r * divisor())};
     }
     const double s = spread(c.variance), r = spread(c.running_variance);
-    const double mean_norm = std::sqrt(sums.means), spread_norm = std::sqrt(sums.spreads);
-    double by_mean = 2 * means / channels, by_spread = 2 * (s - r) / channels;
-    if (mode == StatMode::l2) {  // the gradient of a norm at 0 is 0
-      by_mean = mean_norm == 0 ? 0 : means / mean_norm;
-      by_spread = spread_norm == 0 ? 0 : (s - r) / spread_norm;
-    }
+    const double by_mean = mean_weight * slope_of_sum(means, sums.means);
+    const double by_spread = spread_weight * slope_of_sum(s - r, sums.spreads);
     return {by_mean, by_spread * slope(s), -by_mean, -by_spread * slope(r)};
+  }
+
+ private:
+  // The derivative of l2, l1 or squared by the difference of one channel; 0 at a norm or a difference of 0
+  KDKERNELS_INLINE double slope_of_sum(double difference, double total) const {
+    if (mode == StatMode::squared) return 2 * difference / divisor();
+    if (mode == StatMode::l1) return double((difference > 0) - (difference < 0)) / divisor();
+    const double norm = std::sqrt(total);
+    return norm == 0 ? 0 : difference / norm;
   }
 };
 

@@ -3,5 +3,6 @@
 from typing import Literal
 
 Reduction = Literal["none", "mean", "sum", "batchmean"]
-Mode = Literal["l2", "squared", "gaussian_kl"]
+ChannelReduction = Literal["mean", "sum"]
+Mode = Literal["l2", "l1", "squared", "gaussian_kl"]
 Moment = Literal["var", "std"]

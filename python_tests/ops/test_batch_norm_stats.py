@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kdkernels
 from kdkernels import nn
-from kdkernels.functional import batch_norm_stat_loss, batch_norm_stats, batch_norm_tap
+from kdkernels.functional import batch_norm_stat_distances, batch_norm_stat_loss, batch_norm_stats, batch_norm_tap
 from kdkernels.ops._cases import layouts
 from kdkernels.testing.selftest import error_in_ulp, results_of
 
@@ -40,12 +40,19 @@ class TestBatchNormStats(OpContract):
                 incoming = tuple(g.requires_grad_(grad) for g in incoming)
                 for given_ in (incoming, (None, *incoming[1:]), (None, incoming[1], None), (incoming[0], None, None)):
                     yield "batch_norm_tap_backward", (*given_, input, mean, error, bool(i % 2))
-        for mode, moment in (("l2", "var"), ("squared", "std"), ("gaussian_kl", "var")):
+        for options in (
+            ("l2", "var", "mean", 1.0, 1.0),
+            ("l2", "std", "mean", 0.5, 3.0),
+            ("l1", "std", "mean", 1.0, 1.0),
+            ("l1", "var", "sum", 2.0, 0.0),
+            ("squared", "std", "sum", 0.3, 1.0),
+            ("gaussian_kl", "var", "mean", 1.0, 1.0),
+        ):
             for grad in (False, True):
                 stats = [(torch.randn(5).abs() + 0.1).requires_grad_(grad) for _ in range(4)]
-                yield "batch_norm_stat_distances", (*stats, [2, 3], mode, moment)
+                yield "batch_norm_stat_distances", (*stats, [2, 3], *options)
                 losses = torch.randn(2, requires_grad=grad)
-                yield "batch_norm_stat_distances_backward", (losses, *stats, [2, 3], mode, moment)
+                yield "batch_norm_stat_distances_backward", (losses, *stats, [2, 3], *options)
 
     @classmethod
     def extended(cls, case, arrays, cotangents):
@@ -67,7 +74,8 @@ class TestBatchNormStats(OpContract):
             return [mean, var, back(*cotangents)]
         if name == "batch_norm_tap":
             return [arrays[0], mean, var, back(*cotangents[1:], cotangents[0])]
-        loss, *grads = distance(mean, var, *arrays[1:], options.get("mode", "l2"), options.get("moment", "var"))
+        options.pop("unbiased", None)
+        loss, *grads = distance(mean, var, *arrays[1:], **options)
         return [loss, back(grads[0] * cotangents[0], grads[1] * cotangents[0]), *(g * cotangents[0] for g in grads[2:])]
 
     def test_inductor(self):
@@ -75,22 +83,27 @@ class TestBatchNormStats(OpContract):
             self._check_compiled(call, "inductor", None)
 
 
-def distance(mean, var, running_mean, running_var, mode, moment):
+def distance(
+    mean, var, running_mean, running_var, mode="l2", moment="var", reduction=None, mean_weight=1.0, var_weight=1.0
+):
     """Return the loss and the gradients of the four statistics in extended precision."""
-    d = mean - running_mean
+    d, over = mean - running_mean, 1 if reduction == "sum" else len(mean)
     if mode == "gaussian_kl":
-        v, r, c = var + L(1e-8), running_var + L(1e-8), len(mean)
-        loss = (np.log(np.sqrt(v) / np.sqrt(r)) - (1 - (r + d**2) / v) / 2).mean()
-        return loss, d / v / c, (v - r - d**2) / (2 * v**2) / c, -d / v / c, (r - v) / (2 * v * r) / c
+        v, r = var + L(1e-8), running_var + L(1e-8)
+        loss = (np.log(np.sqrt(v) / np.sqrt(r)) - (1 - (r + d**2) / v) / 2).sum() / over
+        return loss, d / v / over, (v - r - d**2) / (2 * v**2) / over, -d / v / over, (r - v) / (2 * v * r) / over
     s, r = (np.sqrt(var), np.sqrt(running_var)) if moment == "std" else (var, running_var)
-    e = s - r
     slopes = (1 / (2 * s), 1 / (2 * r)) if moment == "std" else (1, 1)
-    if mode == "squared":
-        loss, by_d, by_e = (d**2 + e**2).mean(), 2 * d / len(d), 2 * e / len(d)
-    else:
-        norms = np.sqrt((d**2).sum()), np.sqrt((e**2).sum())
-        loss, by_d, by_e = sum(norms), d / norms[0], e / norms[1]
-    return loss, by_d, by_e * slopes[0], -by_d, -by_e * slopes[1]
+    loss, grads = 0, []
+    for weight, x in ((L(mean_weight), d), (L(var_weight), s - r)):
+        norm = np.sqrt((x**2).sum())
+        value, grad = {
+            "l2": (norm, x / norm),
+            "l1": (abs(x).sum() / over, np.sign(x) / over),
+            "squared": ((x**2).sum() / over, 2 * x / over),
+        }[mode]
+        loss, grads = loss + weight * value, [*grads, weight * grad]
+    return loss, grads[0], grads[1] * slopes[0], -grads[0], -grads[1] * slopes[1]
 
 
 # Values derived by hand
@@ -117,6 +130,49 @@ def test_gaussian_kl_by_hand():
     x = torch.tensor([[0.0], [2.0]], dtype=F64)
     loss = batch_norm_stat_loss(x, torch.tensor([0.0], dtype=F64), torch.tensor([4.0], dtype=F64), mode="gaussian_kl")
     assert loss.item() == pytest.approx(math.log(1 / 2) - 0.5 * (1 - (4 + 1) / 1), abs=1e-7)
+
+
+BY_HAND = {
+    # Two channels: differences of the means 3 and -4, of the variances 5 and 12, of the deviations 1 and 2.
+    ("l2", "var"): 5 + 13,
+    ("l2", "std"): 5 + 5**0.5,
+    ("l1", "var"): (7 + 17) / 2,
+    ("l1", "std"): (7 + 3) / 2,
+    ("squared", "var"): (25 + 169) / 2,
+    ("squared", "std"): (25 + 5) / 2,
+}
+
+
+@pytest.mark.parametrize(("mode", "moment"), BY_HAND)
+def test_modes_reductions_and_weights_by_hand(mode, moment, backend):
+    """With the weights 2 and 0.5 and no reduction: the parts of the mean twice, those of the variance half."""
+    statistics = [torch.tensor(x, dtype=F64) for x in ([3.0, -4.0], [9.0, 16.0], [0.0, 0.0], [4.0, 4.0])]
+    found = partial(batch_norm_stat_distances, *statistics, [2], mode=mode, moment=moment)
+    assert found().item() == pytest.approx(BY_HAND[mode, moment], rel=1e-14)
+    parts = [found(mean_weight=1.0, var_weight=0.0).item(), found(mean_weight=0.0).item()]
+    assert sum(parts) == pytest.approx(BY_HAND[mode, moment], rel=1e-14)
+    weighted = found(mean_weight=2, var_weight=np.float32(0.5)).item()
+    assert weighted == pytest.approx(2 * parts[0] + 0.5 * parts[1], rel=1e-14)
+    if mode != "l2":
+        assert found(reduction="mean").item() == pytest.approx(BY_HAND[mode, moment], rel=1e-14)
+        assert found(reduction="sum").item() == pytest.approx(2 * BY_HAND[mode, moment], rel=1e-14)
+
+
+def test_l1_gradient_by_hand(backend):
+    """Sign of each difference, 0 where there is none."""
+    given_ = ([3.0, -4.0, 1.0], [9.0, 2.0, 5.0], [0.0, 0.0, 1.0], [4.0] * 3)
+    statistics = [torch.tensor(x, dtype=F64, requires_grad=True) for x in given_]
+    loss = batch_norm_stat_distances(*statistics, [3], mode="l1", reduction="sum", mean_weight=2, var_weight=3)
+    assert loss.item() == 2 * 7 + 3 * 8
+    grads = torch.autograd.grad(loss.sum(), statistics)
+    assert [grad.tolist() for grad in grads] == [[2, -2, 0], [3, -3, 3], [-2, 2, 0], [-3, 3, -3]]
+
+
+def test_reductions_of_gaussian_kl(backend):
+    statistics = [torch.rand(5, dtype=F64) + 0.5 for _ in range(4)]
+    mean = batch_norm_stat_distances(*statistics, [2, 3], mode="gaussian_kl")
+    total = batch_norm_stat_distances(*statistics, [2, 3], mode="gaussian_kl", reduction="sum")
+    torch.testing.assert_close(total, mean * torch.tensor([2.0, 3.0], dtype=F64))
 
 
 def test_statistics_are_those_of_batch_norm():
@@ -168,7 +224,13 @@ def test_no_channels(backend):
         (lambda: batch_norm_stats(torch.randn(1, 3), unbiased=True), ValueError, "has 1 values per.*at least 2"),
         (lambda: batch_norm_stats(torch.ones(2, 3, dtype=torch.int32)), TypeError, "input must be float16"),
         (lambda: batch_norm_tap([1.0]), TypeError, "input must be a tensor, got list"),
-        (lambda: loss_of(mode="l1"), ValueError, "mode is 'l1'; accepted are 'l2'"),
+        (lambda: loss_of(mode="l3"), ValueError, "mode is 'l3'; accepted are 'l2', 'l1'"),
+        (lambda: loss_of(reduction="none"), ValueError, "reduction is 'none'; accepted are 'mean', 'sum'"),
+        (lambda: loss_of(reduction="mean"), ValueError, "reduction is 'mean', but mode='l2' is a norm .* leave"),
+        (lambda: loss_of(mode="gaussian_kl", var_weight=2), ValueError, "var_weight is 2, but mode='gaussian_kl' is"),
+        (lambda: loss_of(mean_weight=math.inf), ValueError, "mean_weight is inf; expected a finite number"),
+        (lambda: loss_of(mean_weight="1"), TypeError, "mean_weight must be a number or .*got str"),
+        (lambda: loss_of(var_weight=torch.ones(())), TypeError, r"is a tensor; .*such as float\(var_weight\)"),
         (lambda: loss_of(moment="skew"), ValueError, "moment is 'skew'; accepted"),
         (lambda: loss_of(mode="gaussian_kl", moment="std"), ValueError, "moment='std' applies to"),
         (lambda: batch_norm_stat_loss(torch.randn(4, 3), torch.ones(2), torch.ones(3)), ValueError, r"expected \(3,\)"),
@@ -246,6 +308,10 @@ def test_module_shows_what_it_computes():
     module = nn.BatchNormStatLoss(moment="std")
     assert torch.equal(module(x, mean, var), batch_norm_stat_loss(x, mean, var, moment="std"))
     assert "||mean - running_mean|| + ||std - running_std||" in repr(module)
+    options = {"mode": "l1", "reduction": "sum", "mean_weight": 2.0}
+    module = nn.BatchNormStatLoss(**options)
+    assert torch.equal(module(x, mean, var), batch_norm_stat_loss(x, mean, var, **options))
+    assert "sum over channels of 2.0 |mean - running_mean| + |var - running_var|" in repr(module)
 
 
 @given(

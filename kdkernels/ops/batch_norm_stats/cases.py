@@ -12,6 +12,18 @@ from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw,
 from kdkernels.ops.batch_norm_stats import PASSES, batch_norm_stat_loss, batch_norm_stats, batch_norm_tap
 
 SHAPES = ((5, 3), (64, 300), (4, 6, 7), (2, 8, 4, 6), (3, 70, 7, 7), (2, 1, 33, 65), (2, 5, 3, 4, 5), (1, 4, 9, 9))
+LOSSES: tuple[dict[str, Any], ...] = (
+    {"mode": "l2"},
+    {"mode": "l2", "moment": "std"},
+    {"mode": "l2", "mean_weight": 0.3, "var_weight": 2.0},
+    {"mode": "l1"},
+    {"mode": "l1", "moment": "std", "reduction": "sum", "var_weight": 0.1},
+    {"mode": "squared"},
+    {"mode": "squared", "moment": "std"},
+    {"mode": "squared", "reduction": "sum", "mean_weight": 0.7},
+    {"mode": "gaussian_kl"},
+    {"mode": "gaussian_kl", "reduction": "sum"},
+)
 
 
 def _by_channel(statistic: Tensor, input: Tensor) -> Tensor:
@@ -40,6 +52,9 @@ def eager_loss(
     running_var: Tensor,
     mode: str = "l2",
     moment: str = "var",
+    reduction: str | None = None,
+    mean_weight: float = 1.0,
+    var_weight: float = 1.0,
     unbiased: bool = False,
 ) -> Tensor:
     """Return the distance from the running statistics as users write it."""
@@ -47,13 +62,15 @@ def eager_loss(
     if mode == "gaussian_kl":
         v, r = var + 1e-8, running_var + 1e-8
         kl = torch.log(v.sqrt() / r.sqrt()) - 0.5 * (1 - (r + (running_mean - mean) ** 2) / v)
-        return kl.mean()
+        return kl.sum() if reduction == "sum" else kl.mean()
     if moment == "std":
         var, running_var = var.sqrt(), running_var.sqrt()
     spreads, means = running_var - var, running_mean - mean
-    if mode == "squared":
-        return (spreads**2 + means**2).mean()
-    return spreads.norm() + means.norm()  # type: ignore[no-any-return]
+    if mode == "l2":
+        return var_weight * spreads.norm() + mean_weight * means.norm()  # type: ignore[no-any-return]
+    means, spreads = (means.abs(), spreads.abs()) if mode == "l1" else (means**2, spreads**2)
+    losses = var_weight * spreads + mean_weight * means
+    return losses.sum() if reduction == "sum" else losses.mean()
 
 
 def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -86,10 +103,10 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield Case("many channels", batch_norm_tap, eager_tap, of)
 
     every = (0, 1, 2)
-    for mode, moment in (("l2", "var"), ("l2", "std"), ("squared", "var"), ("squared", "std"), ("gaussian_kl", "var")):
-        options = {"mode": mode, "moment": moment}
+    for options in LOSSES:
         loss, eager_of_loss = partial(batch_norm_stat_loss, **options), partial(eager_loss, **options)
-        yield Case(f"{mode}, {moment}", loss, eager_of_loss, with_running((4, 9, 5, 5)), every)
+        name = ", ".join(f"{name} {value}" for name, value in options.items())
+        yield Case(name, loss, eager_of_loss, with_running((4, 9, 5, 5)), every)
     loss, eager_of_loss = partial(batch_norm_stat_loss, unbiased=True), partial(eager_loss, unbiased=True)
     yield Case("unbiased loss", loss, eager_of_loss, with_running((6, 17)), every)
 
@@ -145,6 +162,8 @@ def calls() -> list[Call]:
         Call("tap of rows", partial(batch_norm_tap, unbiased=True), (x[:, :, 0, 0],)),
         Call("l2", batch_norm_stat_loss, (x, *running), every),
         Call("l2 of deviations", partial(batch_norm_stat_loss, moment="std"), (x, *running), every),
+        Call("weighted l2", partial(batch_norm_stat_loss, mean_weight=0.25, var_weight=3.0), (x, *running), every),
+        Call("l1", partial(batch_norm_stat_loss, mode="l1", reduction="sum", var_weight=0.5), (x, *running), every),
         Call("squared", partial(batch_norm_stat_loss, mode="squared", unbiased=True), (last, *running), every),
         Call("gaussian_kl", partial(batch_norm_stat_loss, mode="gaussian_kl"), (x, *running), every),
     ]

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from kdkernels.ops import _autograd, _checks, _registry
-from kdkernels.ops._types import Mode, Moment
+from kdkernels.ops._types import ChannelReduction, Mode, Moment
 from kdkernels.ops.batch_norm_stats import reference
 from kdkernels.ops.batch_norm_stats.statistics import batch_norm_stats, check_input
 
 
 def _distances_fake(
-    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, channels: list[int], mode: str, moment: str
+    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, channels: list[int], *options: Any
 ) -> Tensor:
     for other in (var, running_mean, running_var):
         torch._check(other.shape == mean.shape, lambda: "statistics have different shapes")
@@ -21,16 +21,16 @@ def _distances_fake(
 
 
 def _distances_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, channels, mode, moment = inputs
-    ctx.options = (channels, mode, moment)
+    *tensors, channels, mode, moment, reduction, mean_weight, var_weight = inputs
+    ctx.options = (channels, mode, moment, reduction, mean_weight, var_weight)
     ctx.save_for_backward(*tensors)
 
 
 def _distances_backward(ctx: Any, grad_losses: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_losses is None:
-        return (None,) * 7
+        return (None,) * 10
     grads = _DISTANCES_BACKWARD.run(ctx.backend, grad_losses, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None)
+    return (*grads, *[None] * 6)
 
 
 def _distances_backward_fake(
@@ -40,8 +40,7 @@ def _distances_backward_fake(
     running_mean: Tensor,
     running_var: Tensor,
     channels: list[int],
-    mode: str,
-    moment: str,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     torch._check(grad_losses.shape[0] == len(channels))
     return tuple(mean.new_empty(mean.shape) for _ in range(4))
@@ -53,10 +52,13 @@ def _distances_backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[
 
     primals = ctx.saved_tensors
     filled = tuple(torch.zeros_like(primals[1]) if v is None else v for v in cotangents)
-    return (*torch.func.vjp(gradients, *primals)[1](filled), None, None, None)
+    return (*torch.func.vjp(gradients, *primals)[1](filled), *[None] * 6)
 
 
-_STATISTICS = "Tensor mean, Tensor var, Tensor running_mean, Tensor running_var, int[] channels, str mode, str moment"
+_STATISTICS = (
+    "Tensor mean, Tensor var, Tensor running_mean, Tensor running_var, int[] channels, str mode, str moment, "
+    "str reduction, float mean_weight, float var_weight"
+)
 _DISTANCES = _registry.define(
     "batch_norm_stat_distances",
     f"({_STATISTICS}) -> Tensor",
@@ -76,15 +78,32 @@ _DISTANCES_BACKWARD = _registry.define(
 )
 
 
-def _check_statistics(channels: int, mode: str, moment: str, **statistics: Tensor) -> None:
-    _checks.check_choice("mode", mode, ("l2", "squared", "gaussian_kl"))
+def _checked_options(
+    like: Tensor, mode: str, moment: str, reduction: str | None, mean_weight: Any, var_weight: Any
+) -> tuple[str, str, str, float, float]:
+    """Return the options in the form that the op takes, or raise."""
+    _checks.check_choice("mode", mode, ("l2", "l1", "squared", "gaussian_kl"))
     _checks.check_choice("moment", moment, ("var", "std"))
     if mode == "gaussian_kl" and moment != "var":
-        raise ValueError("moment='std' applies to the modes 'l2' and 'squared'; 'gaussian_kl' takes roots itself")
-    for name, tensor in statistics.items():
-        _checks.check_floating(name, tensor)
-        if tensor.shape != (channels,):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({channels},), one value per channel")
+        raise ValueError("moment='std' applies to the modes 'l2', 'l1' and 'squared'; 'gaussian_kl' takes roots itself")
+    if reduction is not None:
+        _checks.check_choice("reduction", reduction, ("mean", "sum"))
+        if mode == "l2":
+            raise ValueError(
+                f"reduction is {reduction!r}, but mode='l2' is a norm over the channels, which is not reduced; leave "
+                "reduction out, or choose mode='l1' or 'squared'"
+            )
+    weights = []
+    for name, weight in (("mean_weight", mean_weight), ("var_weight", var_weight)):
+        if isinstance(weight, Tensor):
+            raise TypeError(f"{name} is a tensor; expected a number, such as float({name})")
+        weights.append(float(_checks.check_scalar(name, weight, like)))
+        if mode == "gaussian_kl" and weights[-1] != 1:
+            raise ValueError(
+                f"{name} is {weight!r}, but mode='gaussian_kl' is one formula of mean and variance together; leave it "
+                "at 1, or choose another mode"
+            )
+    return mode, moment, reduction or "mean", weights[0], weights[1]
 
 
 def batch_norm_stat_distances(
@@ -96,6 +115,9 @@ def batch_norm_stat_distances(
     *,
     mode: Mode = "l2",
     moment: Moment = "var",
+    reduction: ChannelReduction | None = None,
+    mean_weight: float = 1.0,
+    var_weight: float = 1.0,
 ) -> Tensor:
     """Distances of the statistics of many layers from their running statistics, in one call.
 
@@ -109,13 +131,16 @@ def batch_norm_stat_distances(
         channels: Number of channels of each layer.
         mode: See :func:`batch_norm_stat_loss`.
         moment: See :func:`batch_norm_stat_loss`.
+        reduction: See :func:`batch_norm_stat_loss`.
+        mean_weight: See :func:`batch_norm_stat_loss`.
+        var_weight: See :func:`batch_norm_stat_loss`.
 
     Returns:
         The loss of each layer, [len(channels)], in the dtype of ``mean``.
 
     Raises:
-        TypeError: An argument is not a floating-point tensor.
-        ValueError: A shape does not fit ``channels``, or ``mode`` or ``moment`` is not accepted.
+        TypeError: An argument is not a floating-point tensor, or a weight is not a number.
+        ValueError: A shape does not fit ``channels``, or an option is not accepted.
 
     Example:
         >>> stats = batch_norm_stats(torch.randn(8, 5, 4, 4, requires_grad=True))
@@ -124,9 +149,14 @@ def batch_norm_stat_distances(
 
     """
     statistics = {"mean": mean, "var": var, "running_mean": running_mean, "running_var": running_var}
-    _check_statistics(sum(channels), mode, moment, **statistics)
+    expected = (sum(channels),)
+    for name, tensor in statistics.items():
+        _checks.check_floating(name, tensor)
+        if tensor.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}, one value per channel")
+    options = _checked_options(mean, mode, moment, reduction, mean_weight, var_weight)
     given = (_autograd.savable(tensor.to(mean.dtype)) for tensor in statistics.values())
-    losses: Tensor = _DISTANCES.run_on(mean.device, *given, channels, mode, moment)
+    losses: Tensor = _DISTANCES.run_on(mean.device, *given, channels, *options)
     return losses
 
 
@@ -137,15 +167,20 @@ def batch_norm_stat_loss(
     *,
     mode: Mode = "l2",
     moment: Moment = "var",
+    reduction: ChannelReduction | None = None,
+    mean_weight: float = 1.0,
+    var_weight: float = 1.0,
     unbiased: bool = False,
 ) -> Tensor:
     r"""Distance of an activation's batch-norm statistics from running statistics: the feature term of DeepInversion.
 
-    With mean :math:`\mu` and variance v of the batch and running statistics m and r:
+    With mean :math:`\mu` and variance v of the batch, running statistics m and r, and the weights a of the mean and b
+    of the variance:
 
-    - ``"l2"``: :math:`\lVert\mu-m\rVert_2 + \lVert v-r\rVert_2`, norms over the channels, neither squared nor divided
-    - ``"squared"``: the mean over the channels of :math:`(\mu-m)^2 + (v-r)^2`
-    - ``"gaussian_kl"``: the mean over the channels of
+    - ``"l2"``: :math:`a\lVert\mu-m\rVert_2 + b\lVert v-r\rVert_2`, norms over the channels, neither squared nor divided
+    - ``"l1"``: the mean or sum over the channels of :math:`a|\mu-m| + b|v-r|`
+    - ``"squared"``: the mean or sum over the channels of :math:`a(\mu-m)^2 + b(v-r)^2`
+    - ``"gaussian_kl"``: the mean or sum over the channels of
       :math:`\ln\sqrt{v/r} - \tfrac12\bigl(1 - (r + (\mu-m)^2)/v\bigr)`, with 1e-8 added to v and r
 
     The batch variance is biased by default, while a BatchNorm layer's running variance is not. Sources: Yin et al.,
@@ -155,22 +190,24 @@ def batch_norm_stat_loss(
         input: Activation [N, C, ...] with 2 to 5 dimensions; fp16, bf16, fp32 or fp64.
         running_mean: Running means, [C]. They get a gradient if they require one.
         running_var: Running variances, [C]. They get a gradient if they require one.
-        mode: ``"l2"``, ``"squared"`` or ``"gaussian_kl"``.
-        moment: What the modes l2 and squared compare: variances (``"var"``) or standard deviations (``"std"``, with
+        mode: ``"l2"``, ``"l1"``, ``"squared"`` or ``"gaussian_kl"``.
+        moment: What all modes but gaussian_kl compare: variances (``"var"``) or standard deviations (``"std"``, with
             gradient 0 at variance 0).
+        reduction: ``"mean"`` (the default) or ``"sum"`` over the channels, for all modes but l2.
+        mean_weight: Weight of the term of the mean, for all modes but gaussian_kl.
+        var_weight: Weight of the term of the variance or standard deviation, for all modes but gaussian_kl.
         unbiased: Whether to divide by n - 1.
 
     Returns:
-        The loss, a scalar in fp32 (fp64 for fp64). The gradient of a norm at 0 is 0.
+        The loss, a scalar in fp32 (fp64 for fp64). The gradient of a norm or an absolute value at 0 is 0.
 
     Raises:
-        TypeError: An argument is not a floating-point tensor.
-        ValueError: A shape, ``mode`` or ``moment`` is not accepted, or a channel has fewer than one value (two if
-            unbiased).
+        TypeError: An argument is not a floating-point tensor, or a weight is not a number.
+        ValueError: A shape or an option is not accepted, or a channel has fewer than one value (two if unbiased).
 
     Example:
         >>> activation, bn = torch.randn(8, 16, 4, 4, requires_grad=True), torch.nn.BatchNorm2d(16)
-        >>> loss = batch_norm_stat_loss(activation, bn.running_mean, bn.running_var)
+        >>> loss = batch_norm_stat_loss(activation, bn.running_mean, bn.running_var, mode="l1", reduction="sum")
         >>> loss.backward()
 
     """
@@ -180,5 +217,14 @@ def batch_norm_stat_loss(
         _checks.check_same_device("input", input, name, tensor)
     mean, var = batch_norm_stats(input, unbiased=unbiased)
     return batch_norm_stat_distances(
-        mean, var, running_mean, running_var, [input.shape[1]], mode=mode, moment=moment
+        mean,
+        var,
+        running_mean,
+        running_var,
+        [input.shape[1]],
+        mode=mode,
+        moment=moment,
+        reduction=reduction,
+        mean_weight=mean_weight,
+        var_weight=var_weight,
     ).squeeze(0)

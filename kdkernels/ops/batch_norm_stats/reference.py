@@ -67,18 +67,32 @@ def _norm(x: Tensor) -> Tensor:
     return root(x.square().sum())
 
 
-def _distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, mode: str, moment: str) -> Tensor:
+def _distance(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mode: str,
+    moment: str,
+    reduction: str,
+    mean_weight: float,
+    var_weight: float,
+) -> Tensor:
     """Return the distance of one layer's statistics from its running statistics."""
     means = mean - running_mean
+    divisor = 1 if reduction == "sum" else max(len(mean), 1)
     if mode == "gaussian_kl":
         v, r = var + EPS, running_var + EPS
-        return ((v / r).log() + (r - v + means.square()) / v).mean() / 2
+        distances = ((v / r).log() + (r - v + means.square()) / v) / 2
+        return distances.sum() / divisor
     if moment == "std":
         var, running_var = root(var), root(running_var)
     spreads = var - running_var
-    if mode == "squared":
-        return (means.square() + spreads.square()).mean()
-    return _norm(means) + _norm(spreads)
+    if mode == "l2":
+        return mean_weight * _norm(means) + var_weight * _norm(spreads)
+    means, spreads = (x.abs() if mode == "l1" else x.square() for x in (means, spreads))
+    distances = mean_weight * means + var_weight * spreads
+    return distances.sum() / divisor
 
 
 def distances(
@@ -89,13 +103,16 @@ def distances(
     channels: list[int],
     mode: str,
     moment: str,
+    reduction: str,
+    mean_weight: float,
+    var_weight: float,
 ) -> Tensor:
     """Return the distance of each layer; the tensors hold the channels of one layer after another."""
     if not channels:
         return mean.new_zeros(0)
     m, v, running_m, running_v = (s.split(channels) for s in (mean, var, running_mean, running_var))
     layers = zip(m, v, running_m, running_v, strict=True)
-    return torch.stack([_distance(*layer, mode=mode, moment=moment) for layer in layers])
+    return torch.stack([_distance(*layer, mode, moment, reduction, mean_weight, var_weight) for layer in layers])
 
 
 def distances_backward(
@@ -107,29 +124,35 @@ def distances_backward(
     channels: list[int],
     mode: str,
     moment: str,
+    reduction: str,
+    mean_weight: float,
+    var_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of :func:`distances` for its four tensors, as differentiable expressions."""
     grad = torch.cat([g.expand(n) for g, n in zip(grad_losses, channels, strict=True)] or [mean.new_zeros(0)])
-    size = torch.cat([mean.new_full((n,), n) for n in channels] or [mean.new_zeros(0)])
+    divisors = [1 if reduction == "sum" else n for n in channels]
+    divisor = torch.cat(
+        [mean.new_full((n,), d) for n, d in zip(channels, divisors, strict=True)] or [mean.new_zeros(0)]
+    )
 
-    def by_layer(values: Tensor) -> Tensor:
-        norms = [_norm(v).expand(len(v)) for v in values.split(channels)]
-        return torch.cat(norms or [values])
-
-    def unit(values: Tensor) -> Tensor:
-        norm = by_layer(values)
-        return torch.where(norm == 0, 0.0, values / torch.where(norm == 0, 1.0, norm))
+    def slope_of_sum(differences: Tensor) -> Tensor:
+        if mode == "squared":
+            return 2 * differences / divisor
+        if mode == "l1":
+            return differences.sign() / divisor
+        norm = torch.cat([_norm(layer).expand(len(layer)) for layer in differences.split(channels)] or [differences])
+        return torch.where(norm == 0, 0.0, differences / torch.where(norm == 0, 1.0, norm))
 
     means = mean - running_mean
     if mode == "gaussian_kl":
         v, r = var + EPS, running_var + EPS
-        by_mean = means / v / size
-        by_var, by_running_var = (v - r - means.square()) / (2 * v * v * size), (r - v) / (2 * v * r * size)
-        return grad * by_mean, grad * by_var, -grad * by_mean, grad * by_running_var
+        by_mean = means / v / divisor
+        by_var = (v - r - means.square()) / (2 * v * v * divisor)
+        return grad * by_mean, grad * by_var, -grad * by_mean, grad * (r - v) / (2 * v * r * divisor)
     slope, running_slope = torch.ones_like(var), torch.ones_like(var)
     if moment == "std":
         var, running_var = root(var), root(running_var)
         slope, running_slope = (torch.where(s == 0, 0.0, 0.5 / torch.where(s == 0, 1.0, s)) for s in (var, running_var))
-    spreads = var - running_var
-    by_mean, by_spread = (2 * x / size if mode == "squared" else unit(x) for x in (means, spreads))
-    return grad * by_mean, grad * by_spread * slope, -grad * by_mean, -grad * by_spread * running_slope
+    by_mean = grad * mean_weight * slope_of_sum(means)
+    by_spread = grad * var_weight * slope_of_sum(var - running_var)
+    return by_mean, by_spread * slope, -by_mean, -by_spread * running_slope

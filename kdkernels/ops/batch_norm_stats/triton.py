@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from kdkernels.ops._numerics import compute_dtype
-from kdkernels.ops._triton_launch import device_of, power_of_two
+from kdkernels.ops._triton_launch import bits_of, device_of, power_of_two
 from kdkernels.ops.batch_norm_stats import reference
 from kdkernels.ops.batch_norm_stats import triton_kernels as kernels
 
@@ -156,29 +156,25 @@ def _layers(channels: list[int]) -> list[tuple[int, int, tuple[int, ...]]]:
 
 
 def batch_norm_stat_distances(
-    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, channels: list[int], mode: str, moment: str
-) -> Tensor:
+    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, channels: list[int], mode: str, moment: str,
+    reduction: str, mean_weight: float, var_weight: float,
+) -> Tensor:  # fmt: skip
     """Return the distance of each layer; the tensors hold the channels of one layer after another."""
     losses = mean.new_empty(len(channels))
     statistics = [s.contiguous() for s in (mean, var, running_mean, running_var)]
     with device_of(mean):
         for first, start, sizes in _layers(channels):
             kernels.distance_kernel[(min(LAYERS, len(channels) - first),)](
-                losses, *statistics, first, start, sizes, MODE=mode, ROOT=moment == "std", BLOCK=256, num_warps=4
-            )
+                losses, *statistics, first, start, sizes, bits_of(mean_weight), bits_of(var_weight), MODE=mode,
+                ROOT=moment == "std", SUM=reduction == "sum", BLOCK=256, num_warps=4,
+            )  # fmt: skip
     return losses
 
 
 def batch_norm_stat_distances_backward(
-    grad_losses: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    channels: list[int],
-    mode: str,
-    moment: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_losses: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, channels: list[int],
+    mode: str, moment: str, reduction: str, mean_weight: float, var_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of the four tensors."""
     statistics = [s.contiguous() for s in (mean, var, running_mean, running_var)]
     by_mean, by_var, by_running_mean, by_running_var = (mean.new_empty(mean.shape) for _ in range(4))
@@ -186,7 +182,8 @@ def batch_norm_stat_distances_backward(
     with device_of(mean):
         for first, start, sizes in _layers(channels):
             kernels.distance_gradient_kernel[(min(LAYERS, len(channels) - first),)](
-                by_mean, by_var, by_running_mean, by_running_var, grad, *statistics, first, start, sizes, MODE=mode,
-                ROOT=moment == "std", BLOCK=256, num_warps=4,
+                by_mean, by_var, by_running_mean, by_running_var, grad, *statistics, first, start, sizes,
+                bits_of(mean_weight), bits_of(var_weight), MODE=mode, ROOT=moment == "std", SUM=reduction == "sum",
+                BLOCK=256, num_warps=4,
             )  # fmt: skip
     return by_mean, by_var, by_running_mean, by_running_var

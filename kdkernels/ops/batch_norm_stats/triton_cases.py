@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from kdkernels.ops._triton_cases import BOTH, WIDE_LOADS, Variant, numbers_of
+from kdkernels.ops._triton_cases import BOTH, SCALAR, WIDE_LOADS, Variant, numbers_of
 from kdkernels.ops.batch_norm_stats.triton_kernels import (
     distance_gradient_kernel,
     distance_kernel,
@@ -34,7 +34,8 @@ def variants(capability: int) -> Iterator[Variant]:
             yield Variant(gradient_kernel, name, arguments, {**tile, "POSITIONS": positions}, 4, BOTH)
     constants: dict[str, Any] = {"UNBIASED": True, "SPLITS": 64, "CHANNELS": 16}
     yield Variant(merge_kernel, "64 splits", _arguments("fp32", PLANES), constants)
-    for mode in ("l2", "gaussian_kl"):
-        constants = {"ROOT": False, "BLOCK": 256, "MODE": mode}
+    arguments = {"sizes": ("i32",) * 32, "mean_weight": SCALAR, "spread_weight": SCALAR}
+    for mode in ("l2", "l1", "gaussian_kl"):
+        constants = {"ROOT": False, "SUM": False, "BLOCK": 256, "MODE": mode}
         for kernel in (distance_kernel, distance_gradient_kernel):
-            yield Variant(kernel, mode, {"sizes": ("i32",) * 32}, constants)
+            yield Variant(kernel, mode, arguments, constants)

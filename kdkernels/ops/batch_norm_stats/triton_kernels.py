@@ -7,6 +7,7 @@ fp64. So the mean is exact even if it is small, and the variance even if the mea
 import triton
 import triton.language as tl
 
+from kdkernels.ops._triton_launch import scalar_of
 from kdkernels.ops.batch_norm_stats import reference
 
 EPS = tl.constexpr(reference.EPS)
@@ -146,7 +147,7 @@ def load_channel(tensor, at, mask):
 
 @triton.jit
 def spread_of(variance, ROOT: tl.constexpr):
-    """Return what the modes l2 and squared compare: the variance or its root."""
+    """Return what all modes but gaussian_kl compare: the variance or its root."""
     return tl.sqrt(variance) if ROOT else variance
 
 
@@ -174,43 +175,64 @@ def layer_sums(
             means += tl.where(mask, 0.5 * (tl.log(v / r) + ((r - v) + distance) / v), 0.0)
         else:
             spread = spread_of(v, ROOT) - spread_of(r, ROOT)
-            means += distance
-            spreads += spread * spread
+            means += tl.abs(m - running_m) if MODE == "l1" else distance
+            spreads += tl.abs(spread) if MODE == "l1" else spread * spread
     return tl.sum(means, 0), tl.sum(spreads, 0)
 
 
-@triton.jit(do_not_specialize=["first_layer", "start", "sizes"])
+@triton.jit
+def divisor_of(size, SUM: tl.constexpr):
+    """Return what a sum over the channels of a layer is divided by."""
+    number = tl.maximum(size, 1).to(tl.float64)
+    return number * 0.0 + 1.0 if SUM else number
+
+
+@triton.jit
+def slope_of_sum(difference, total, divisor, MODE: tl.constexpr):
+    """Return the derivative of l2, l1 or squared by the difference of one channel; 0 at a norm or difference of 0."""
+    if MODE == "squared":
+        slope = 2.0 * difference / divisor
+    elif MODE == "l1":
+        slope = ((difference > 0.0).to(tl.float64) - (difference < 0.0).to(tl.float64)) / divisor
+    else:
+        slope = tl.where(total == 0.0, 0.0, difference / tl.sqrt(tl.where(total == 0.0, 1.0, total)))
+    return slope
+
+
+@triton.jit(do_not_specialize=["first_layer", "start", "sizes", "mean_weight", "spread_weight"])
 def distance_kernel(
-    losses, mean, var, running_mean, running_var, first_layer, start, sizes, MODE: tl.constexpr, ROOT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    losses, mean, var, running_mean, running_var, first_layer, start, sizes, mean_weight, spread_weight,
+    MODE: tl.constexpr, ROOT: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the distance of one layer."""
     layer = tl.program_id(0)
     first, size = layer_at(sizes, layer, start)
     means, spreads = layer_sums(mean, var, running_mean, running_var, first, size, MODE, ROOT, BLOCK)
+    of_means, of_spreads = scalar_of(mean_weight, tl.float64), scalar_of(spread_weight, tl.float64)
     if MODE == "l2":
-        loss = tl.sqrt(means) + tl.sqrt(spreads)
+        loss = of_means * tl.sqrt(means) + of_spreads * tl.sqrt(spreads)
     else:
-        loss = (means + spreads) / tl.maximum(size, 1).to(tl.float64)
+        loss = (of_means * means + of_spreads * spreads) / divisor_of(size, SUM)
     tl.store(losses + first_layer + layer, loss.to(losses.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["first_layer", "start", "sizes"])
+@triton.jit(do_not_specialize=["first_layer", "start", "sizes", "mean_weight", "spread_weight"])
 def distance_gradient_kernel(
     by_mean, by_var, by_running_mean, by_running_var, grad_losses, mean, var, running_mean, running_var, first_layer,
-    start, sizes, MODE: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr,
+    start, sizes, mean_weight, spread_weight, MODE: tl.constexpr, ROOT: tl.constexpr, SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one layer's distance for its statistics."""
     dtype: tl.constexpr = by_mean.dtype.element_ty
     layer = tl.program_id(0)
     first, size = layer_at(sizes, layer, start)
     grad = tl.load(grad_losses + first_layer + layer).to(tl.float64)
-    number = tl.maximum(size, 1).to(tl.float64)
-    of_means, of_spreads = 2.0 / number, 2.0 / number
-    if MODE == "l2":  # the gradient of a norm at 0 is 0
+    divisor = divisor_of(size, SUM)
+    of_means = grad * scalar_of(mean_weight, tl.float64)
+    of_spreads = grad * scalar_of(spread_weight, tl.float64)
+    means, spreads = 0.0, 0.0
+    if MODE == "l2":
         means, spreads = layer_sums(mean, var, running_mean, running_var, first, size, MODE, ROOT, BLOCK)
-        of_means = tl.where(means == 0.0, 0.0, 1.0 / tl.sqrt(tl.where(means == 0.0, 1.0, means)))
-        of_spreads = tl.where(spreads == 0.0, 0.0, 1.0 / tl.sqrt(tl.where(spreads == 0.0, 1.0, spreads)))
     for offset in range(0, size, BLOCK):
         at = offset + tl.arange(0, BLOCK)
         mask = at < size
@@ -219,14 +241,15 @@ def distance_gradient_kernel(
         distance = m - running_m
         if MODE == "gaussian_kl":
             v, r = v + EPS, r + EPS
-            through_mean = grad * distance / (v * number)
-            through_var = grad * 0.5 * ((v - r) - distance * distance) / (v * v * number)
-            through_running_var = grad * 0.5 * (r - v) / (v * r * number)
+            through_mean = grad * distance / (v * divisor)
+            through_var = grad * 0.5 * ((v - r) - distance * distance) / (v * v * divisor)
+            through_running_var = grad * 0.5 * (r - v) / (v * r * divisor)
         else:
             s, running_s = spread_of(v, ROOT), spread_of(r, ROOT)
-            through_mean = grad * distance * of_means
-            through_var = grad * (s - running_s) * of_spreads * slope_of(s, ROOT)
-            through_running_var = -grad * (s - running_s) * of_spreads * slope_of(running_s, ROOT)
+            through_mean = of_means * slope_of_sum(distance, means, divisor, MODE)
+            through_spread = of_spreads * slope_of_sum(s - running_s, spreads, divisor, MODE)
+            through_var = through_spread * slope_of(s, ROOT)
+            through_running_var = -through_spread * slope_of(running_s, ROOT)
         tl.store(by_mean + first + at, through_mean.to(dtype), mask=mask)
         tl.store(by_var + first + at, through_var.to(dtype), mask=mask)
         tl.store(by_running_mean + first + at, (-through_mean).to(dtype), mask=mask)
