@@ -1,20 +1,17 @@
 """Statistics of every BatchNorm layer in a forward, and their distance from the running statistics."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from kdkernels._networks import frozen
-from kdkernels.functional import batch_norm_tap
 from kdkernels.inversion._distances import Distances
-from kdkernels.inversion._forwards import Forward, LayerUse, Record, Replicas, is_replica, lock
-from kdkernels.inversion._layers import At, Layers, find_layers, targets_of, weights_of
-from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined
+from kdkernels.inversion._forwards import LayerUse
+from kdkernels.inversion._layers import At, Layers, find_layers, weights_of
+from kdkernels.inversion._recording import Recording
 from kdkernels.ops._checks import check_choice
 from kdkernels.ops._types import Mode, Moment
 
@@ -105,158 +102,25 @@ class BatchNormStatistics:
         self.freeze = freeze
         found = find_layers(model, layers, at)
         self.layers = list(found)
-        self._modules = list(found.values())
-        self._channels = [len(module.running_mean) for module in found.values()]  # type: ignore[arg-type]
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._distances = Distances(self._modules, at=at, fixed=freeze, mode=mode, moment=moment)
-        self._replicas = Replicas(self._modules)
-        self._frozen = frozen(model) if freeze else nullcontext()
-        self._reset()
+        self._recording = Recording(model, found, unbiased=unbiased, uses=uses, at=at, freeze=freeze)
+        self._distances = Distances(list(found.values()), at=at, fixed=freeze, mode=mode, moment=moment)
 
     def __enter__(self) -> Self:
-        if self._handles:
-            raise RuntimeError("this BatchNormStatistics is already active; create another one")
-        self._reset()
-        self._frozen.__enter__()
-        self._replicas.renew()
-        # Functions, because a copy of the network would copy this object with its methods.
-        self._handles = [
-            self.model.register_forward_pre_hook(lambda module, arguments: self._enter(module), prepend=True),
-            self.model.register_forward_hook(
-                lambda module, arguments, output: self._leave(module, output), always_call=True
-            ),
-        ]
-        for index, module in enumerate(self._modules):
-            if self.at == "input":
-                handle = module.register_forward_pre_hook(self._before(index), with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(self._after(index))
-            self._handles.append(handle)
+        self._recording.start()
+        self._distances.forget_running()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._replicas.remove()
-        self._reset()
-        self._frozen.__exit__(kind, error, traceback)
-
-    def _reset(self) -> None:
-        self._forward = Forward(known=False)
-        self._depth = 0  # of calls of the network inside one another
-        self._recomputation = Recomputation(self.layers)
+        self._recording.stop()
         self._distances.forget_running()
-
-    # What happens in a forward
-
-    def _enter(self, module: nn.Module) -> None:
-        if in_backward() or module is not self.model:
-            return
-        if self._depth == 0:
-            self._forward = Forward(known=True)
-        self._depth += 1
-
-    def _leave(self, module: nn.Module, output: Any) -> None:
-        if in_backward() or module is not self.model or self._depth == 0:
-            return
-        if output is None and sys.exc_info()[1] is not None:
-            self._forward.failed = True
-        self._depth -= 1
-        if self._depth == 0:
-            self._forward.ended = True
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Mark what runs inside the ``with`` block as one forward, for a network that is not run by calling it."""
-        if self._depth == 0:
-            self._forward = Forward(known=True)
-        self._depth += 1
-        try:
+        with self._recording.forward():
             yield
-        except BaseException:
-            self._forward.failed = True
-            raise
-        finally:
-            self._depth -= 1
-            self._forward.ended = self._depth == 0
-
-    def _before(self, index: int) -> Any:
-        def tap(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            if arguments:
-                return (self._tapped(index, module, arguments[0]), *arguments[1:]), keywords
-            name = next((name for name, value in keywords.items() if isinstance(value, Tensor)), None)
-            if name is None:
-                raise ValueError(f"layer {self.layers[index]} was called without a tensor; expected its input")
-            return arguments, {**keywords, name: self._tapped(index, module, keywords[name])}
-
-        return tap
-
-    def _after(self, index: int) -> Any:
-        def tap(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            if module.training and module is self._modules[index]:
-                raise RuntimeError(
-                    f"layer {self.layers[index]} ran in train mode, where its output has the same statistics whatever "
-                    "its input; at='output' needs it in eval mode, as with freeze=True"
-                )
-            tapped = self._tapped(index, module, output)
-            # A view of the output could not be changed in place, as by the activation that often comes next.
-            return tapped.clone() if tapped.requires_grad else tapped
-
-        return tap
-
-    def _forward_of(self, index: int, module: nn.Module) -> Forward | None:
-        """Return the forward that a layer or its replica runs in, or None for a copy of the layer with its hooks."""
-        if module is self._modules[index]:
-            if self._depth == 0 and self._forward.ended and not in_backward():
-                self._forward = Forward(known=False)
-            return self._forward
-        if not is_replica(module):
-            return None
-        with lock:
-            mark = self._replicas.mark_of(module)
-            if mark is self._replicas.mark and self._depth == 0 and not in_backward():
-                self._forward = Forward(known=True, mark=mark)
-                self._replicas.renew()
-            return None if mark is None else self._forward
-
-    def _tapped(self, index: int, module: nn.Module, activation: Tensor) -> Tensor:
-        """Record the statistics of an activation and return it, with their gradients joined to its own."""
-        forward = self._forward_of(index, module)
-        if forward is None:
-            return activation
-        channels = self._channels[index]
-        if activation.dim() < 2 or activation.shape[1] != channels:
-            raise ValueError(
-                f"layer {self.layers[index]} got an activation of shape {list(activation.shape)}; expected [N, C, ...] "
-                f"with C = {channels}. Leave it out with layers="
-            )
-        output, mean, var = batch_norm_tap(activation, unbiased=self.unbiased)
-        if in_backward():
-            grads = self._recomputation.take(index, mean) if torch.is_grad_enabled() else None
-            return output if grads is None else joined(output, mean, var, *grads)
-        if in_first_run():
-            mean, var = self._recomputation.leave(index, mean, var)
-        if torch.compiler.is_compiling() and forward.with_grad and not torch.is_grad_enabled():
-            forward.compiled_without_grad = True
-        targets = None
-        if not self.freeze:
-            target_mean, target_var = targets_of(self._modules[index], self.at)
-            targets = target_mean.clone(), target_var.clone()
-        values = activation.numel() // channels
-        if is_replica(module):
-            with lock:
-                use = forward.number_use_of_replica(module)
-                forward.records.append(Record(index, use, values, mean, var, targets))
-        else:
-            forward.records.append(Record(index, forward.number_use(index), values, mean, var, targets))
-            if forward.repeated:
-                forward.records.clear()  # they cannot be read
-        return output
-
-    # What is made of it
 
     def losses(self) -> dict[LayerUse, Tensor]:
         """Return the distance of each use of a layer in the latest forward, in the order in which they ran.
@@ -268,7 +132,7 @@ class BatchNormStatistics:
                 records belong to one forward.
 
         """
-        records = self._forward.read(self.layers, self.unbiased, self.uses)
+        records = self._recording.read()
         names = [LayerUse(self.layers[record.layer], record.use) for record in records]
         return dict(zip(names, self._distances.of(records).unbind(), strict=True))
 
@@ -284,7 +148,7 @@ class BatchNormStatistics:
             ValueError: If the number of weights differs from the number of layers, or a name is not that of a layer.
 
         """
-        records = self._forward.read(self.layers, self.unbiased, self.uses)
+        records = self._recording.read()
         losses = self._distances.of(records)
         if weights is None:
             return losses.sum()

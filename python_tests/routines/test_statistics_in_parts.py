@@ -187,10 +187,10 @@ def test_nothing_piles_up():
             statistics.loss()
         gc.collect()
         runs = [found for found in gc.get_objects() if type(found) is FirstRun]
-        assert sum(run.recomputation is statistics._recomputation for run in runs) == 3
+        assert sum(run.recomputation is statistics._recording.recomputation for run in runs) == 3
         for _ in range(5):
             model.forward(images())
-        assert not statistics._forward.records
+        assert not statistics._recording.latest.records
 
 
 class Stem(nn.Module):
