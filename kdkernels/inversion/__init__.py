@@ -4,6 +4,7 @@ Source: Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepI
 """
 
 from kdkernels._networks import NonFiniteLossError
+from kdkernels.inversion._targets import demixed_targets
 from kdkernels.inversion.batch_norm_statistics import BatchNormStatistics
 from kdkernels.inversion.config import PRESETS, InversionConfig, Stage
 from kdkernels.inversion.deep_inversion import DeepInversion, Synthesis
@@ -16,4 +17,5 @@ __all__ = [
     "NonFiniteLossError",
     "Stage",
     "Synthesis",
+    "demixed_targets",
 ]

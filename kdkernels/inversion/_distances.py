@@ -1,61 +1,169 @@
 """The distances of the statistics recorded in a forward from what they are compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdkernels.functional import batch_norm_stat_distances
-from kdkernels.inversion._forwards import Record
-from kdkernels.inversion._layers import At, targets_of
-from kdkernels.ops._types import Mode, Moment
+from kdkernels.inversion._forwards import LayerUse, Record
+from kdkernels.inversion._layers import At
+from kdkernels.inversion._moments import Classes, Over
+from kdkernels.inversion._moving_average import MovingAverage
+from kdkernels.inversion._targets import Targets, class_targets, given_targets, running_targets
+from kdkernels.ops._checks import check_choice, is_readable
+
+Statistics = tuple[Tensor, Tensor]
 
 
 class Distances:
-    """How the statistics of layers are compared with their running statistics.
+    """How the statistics of layers are compared with their targets.
 
     Args:
-        modules: The layers.
+        layers: The layers by name.
+        over: What each of the compared statistics is taken over.
+        unbiased: Whether variances are divided by n - 1.
         at: Whether the statistics are those of inputs or outputs.
         fixed: Whether the running statistics stay the same between two calls of :meth:`forget_running`.
-        mode: See :class:`kdkernels.inversion.BatchNormStatistics`.
-        moment: See :class:`kdkernels.inversion.BatchNormStatistics`.
+        targets: Targets by name; the running statistics for other layers.
+        ema: Share of the moving average in what is compared, or None.
+        options: Options of :func:`kdkernels.functional.batch_norm_stat_distances`.
+
+    Attributes:
+        channels: Number of channels of each layer by name.
+        average: Moving average of the statistics, if there is one.
 
     """
 
-    def __init__(self, modules: Sequence[nn.Module], *, at: At, fixed: bool, mode: Mode, moment: Moment) -> None:
-        self.modules = modules
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        *,
+        over: Over,
+        unbiased: bool,
+        at: At,
+        fixed: bool,
+        targets: Targets | None,
+        ema: float | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        check_choice("over", over, ("batch", "image", "class"))
+        one = torch.ones(1)
+        batch_norm_stat_distances(one, one, one, one, [1], **options)  # raises if an option is not accepted
+        self.names = list(layers)
+        self.modules = list(layers.values())
+        self.over: Over = over
+        self.unbiased = unbiased
         self.at: At = at
         self.fixed = fixed
-        self.mode: Mode = mode
-        self.moment: Moment = moment
+        self.options = options
+        self.channels = {name: len(module.running_mean) for name, module in layers.items()}  # type: ignore[arg-type]
+        self.targets = given_targets(targets, self.channels, by_class=over == "class")
+        self.average = None if ema is None else MovingAverage(ema)
+        if ema is not None and over != "batch":
+            raise ValueError(f"ema is {ema!r}, but over={over!r} has no statistics that last; use over='batch'")
         self.forget_running()
 
     def forget_running(self) -> None:
         """Read the running statistics again the next time."""
-        self._running: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._running: dict[tuple[int, ...], Statistics] = {}
 
-    def of(self, records: list[Record]) -> Tensor:
-        """Return the distance of each record."""
+    def use_of(self, record: Record) -> LayerUse:
+        """Return the use of a layer that a record is of."""
+        return LayerUse(self.names[record.layer], record.use)
+
+    def update_average(self, records: list[Record]) -> None:
+        """Make the moving average what is compared in these records."""
+        if self.average is None:
+            raise ValueError("ema is None, so that there is no moving average to update; expected a share such as 0.9")
+        for record in records:
+            self.average.update(self.use_of(record), record.mean, record.var)
+
+    def of(self, records: list[Record], labels: Tensor | None = None) -> Tensor:
+        """Return the distance of each record: if images are told apart, the mean over them or over their classes."""
+        if self.over == "class":
+            return self._over_classes(records, labels)
+        if labels is not None:
+            raise ValueError(f"labels are given, but over={self.over!r} does not use them; leave them out")
+        if self.over == "image":
+            self._count_images(records)
+            return self._measured(records, [(r.mean, r.var) for r in records]).mean(0)
+        pairs = [(r.mean, r.var) for r in records]
+        if self.average is not None:
+            pairs = [self.average.mixed(self.use_of(r), r.mean, r.var) for r in records]
+        return self._measured(records, [(mean[None], var[None]) for mean, var in pairs]).squeeze(0)
+
+    def _over_classes(self, records: list[Record], labels: Tensor | None) -> Tensor:
+        images = self._count_images(records)
+        if labels is None:
+            raise ValueError("labels are missing; over='class' needs the label of each image: loss(labels=labels)")
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}; pass torch.tensor(labels)")
+        if labels.shape != (images,) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be [{images}] of int64, one for each image; got {list(labels.shape)} of {labels.dtype}"
+            )
+        labels = labels.to(records[0].mean.device)
+        classes = Classes(labels)
+        pairs = []
+        for record in records:
+            if self.unbiased and is_readable(classes.images) and float(classes.images.min()) * record.values < 2:
+                raise ValueError(
+                    f"a class has a single value for each channel of layer {self.names[record.layer]}, whose unbiased "
+                    "variance is not defined; expected two images of each class, or unbiased=False"
+                )
+            pairs.append(classes.merged(record.mean, record.var, record.values, self.unbiased))
+        return classes.mean_of(self._measured(records, pairs, labels))
+
+    def _count_images(self, records: list[Record]) -> int:
+        first = records[0]
+        for record in records:
+            if len(record.mean) != len(first.mean):
+                raise ValueError(
+                    f"layer {self.names[record.layer]} got a batch of {len(record.mean)} and layer "
+                    f"{self.names[first.layer]} one of {len(first.mean)}; over={self.over!r} needs one row for each "
+                    "image in every layer. Leave the other layers out with layers="
+                )
+        return len(first.mean)
+
+    def _measured(self, records: list[Record], pairs: Sequence[Statistics], labels: Tensor | None = None) -> Tensor:
+        """Return the distances [N, records] of statistics [N, C] of each record."""
         device = records[0].mean.device
-        means, variances = [r.mean.to(device) for r in records], [r.var.to(device) for r in records]
-        return batch_norm_stat_distances(
-            torch.cat(means),
-            torch.cat(variances),
-            *self._targets(records),
-            [len(mean) for mean in means],
-            mode=self.mode,
-            moment=self.moment,
+        mean, var = (torch.cat([values.to(device) for values in side], 1) for side in zip(*pairs, strict=True))
+        target_mean, target_var = (side.expand(mean.shape) for side in self._targets(records, labels))
+        channels = [self.channels[self.names[record.layer]] for record in records] * len(mean)
+        losses = batch_norm_stat_distances(
+            mean.reshape(-1),
+            var.reshape(-1),
+            target_mean.reshape(-1),
+            target_var.reshape(-1),
+            channels,
+            **self.options,
         )
+        return losses.view(len(mean), len(records))
 
-    def _targets(self, records: list[Record]) -> tuple[Tensor, Tensor]:
-        """Return the concatenated targets of records."""
+    def _targets(self, records: list[Record], labels: Tensor | None) -> Statistics:
+        """Return the targets of all records one after another, [1, C], or [N, C] if some depend on the label."""
         order = tuple(record.layer for record in records)
         if order in self._running:
             return self._running[order]
         device = records[0].mean.device
-        pairs = [r.targets or targets_of(self.modules[r.layer], self.at) for r in records]
-        means, variances = (torch.cat([values.to(device) for values in side]) for side in zip(*pairs, strict=True))
-        if self.fixed:
+        pairs = [self._target(record, labels) for record in records]
+        rows = max(len(mean) for mean, _ in pairs)
+        means, variances = (
+            torch.cat([values.to(device).expand(rows, -1) for values in side], 1) for side in zip(*pairs, strict=True)
+        )
+        if self.fixed and all(mean.dim() == 1 for layer, (mean, _) in self.targets.items() if layer in order):
             self._running[order] = means, variances
         return means, variances
+
+    def _target(self, record: Record, labels: Tensor | None) -> Statistics:
+        """Return the target of a record, [1, C], or [N, C] if it depends on the label."""
+        mean, var = (
+            self.targets.get(record.layer) or record.targets or running_targets(self.modules[record.layer], self.at)
+        )
+        if mean.dim() == 1:
+            return mean[None], var[None]
+        assert labels is not None
+        return class_targets(self.names[record.layer], mean, var, labels)

@@ -22,8 +22,8 @@ class Record(NamedTuple):
 
     layer: int
     use: int
-    values: int  # in each channel
-    mean: Tensor
+    values: int  # of which each number is the mean or variance
+    mean: Tensor  # [C], or [N, C] where images are told apart
     var: Tensor
     targets: tuple[Tensor, Tensor] | None  # where they may change after the layer ran
 
@@ -123,6 +123,9 @@ def _merge(parts: list[Record], unbiased: bool) -> Record:
     if len(parts) == 1:
         return parts[0]
     device = parts[0].mean.device
+    if parts[0].mean.dim() == 2:
+        mean, var = (torch.cat([getattr(part, name).to(device) for part in parts]) for name in ("mean", "var"))
+        return parts[0]._replace(mean=mean, var=var)
     shares = [part.values / sum(p.values for p in parts) for part in parts]
     count = sum(part.values for part in parts)
     means, variances = ([getattr(part, name).to(device) for part in parts] for name in ("mean", "var"))

@@ -1,9 +1,9 @@
-"""The layers of a network whose statistics are compared, and what they are compared with."""
+"""The layers of a network whose statistics are compared."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import UnionType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -132,18 +132,3 @@ def weights_of(weights: Sequence[float] | Mapping[str, float], names: list[str])
     if len(weights) != len(names):
         raise ValueError(f"weights has {len(weights)} values; expected one for each of the {len(names)} layers")
     return [float(weight) for weight in weights]
-
-
-def targets_of(module: Any, at: At) -> tuple[Tensor, Tensor]:
-    """Return the mean and variance that a layer's statistics are compared with.
-
-    For outputs, what normalization by the running statistics and the affine function make of them.
-    """
-    mean, var = module.running_mean, module.running_var
-    if at == "input":
-        return mean, var
-    weight, bias = module.weight, module.bias
-    var = var / (var + module.eps)
-    if weight is not None:
-        var = var * weight.detach().square()
-    return torch.zeros_like(mean) if bias is None else bias.detach(), var

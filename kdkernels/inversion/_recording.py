@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels._networks import frozen
-from kdkernels.functional import batch_norm_tap
 from kdkernels.inversion._forwards import Forward, Record, Replicas, is_replica, lock
-from kdkernels.inversion._layers import At, targets_of
+from kdkernels.inversion._layers import At
+from kdkernels.inversion._moments import Reported, tap
 from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined
+from kdkernels.inversion._targets import running_targets
 
 
 class Recording:
@@ -21,7 +22,7 @@ class Recording:
     Args:
         model: The network.
         layers: The layers by name.
-        unbiased: Whether variances are divided by n - 1.
+        reported: Which statistics.
         uses: Uses of a layer that count.
         at: Whether the statistics are those of the layers' inputs or outputs.
         freeze: Whether to hold the network in eval mode with frozen parameters.
@@ -36,14 +37,14 @@ class Recording:
         model: nn.Module,
         layers: dict[str, nn.Module],
         *,
-        unbiased: bool,
+        reported: Reported,
         uses: Literal["all", "last"],
         at: At,
         freeze: bool,
     ) -> None:
         self.model = model
         self.layers = list(layers)
-        self.unbiased = unbiased
+        self.reported = reported
         self.uses = uses
         self.at: At = at
         self.freeze = freeze
@@ -96,7 +97,7 @@ class Recording:
             RuntimeError: See :meth:`Forward.read`.
 
         """
-        return self.latest.read(self.layers, self.unbiased, self.uses)
+        return self.latest.read(self.layers, self.reported.unbiased, self.uses)
 
     def _enter(self, module: nn.Module) -> None:
         if in_backward() or module is not self.model:
@@ -179,7 +180,7 @@ class Recording:
                 f"layer {self.layers[index]} got an activation of shape {list(activation.shape)}; expected [N, C, ...] "
                 f"with C = {channels}. Leave it out with layers="
             )
-        output, mean, var = batch_norm_tap(activation, unbiased=self.unbiased)
+        output, mean, var = tap(activation, self.reported, self.layers[index])
         if in_backward():
             grads = self.recomputation.take(index, mean) if torch.is_grad_enabled() else None
             return output if grads is None else joined(output, mean, var, *grads)
@@ -189,9 +190,9 @@ class Recording:
             forward.compiled_without_grad = True
         targets = None
         if not self.freeze:
-            target_mean, target_var = targets_of(self._modules[index], self.at)
+            target_mean, target_var = running_targets(self._modules[index], self.at)
             targets = target_mean.clone(), target_var.clone()
-        values = activation.numel() // channels
+        values = activation.numel() // mean.numel()
         if is_replica(module):
             with lock:
                 use = forward.number_use_of_replica(module)

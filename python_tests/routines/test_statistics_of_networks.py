@@ -258,7 +258,10 @@ def test_synchronized_batch_norm_is_covered():
         ),
         (lambda m: BatchNormStatistics(m, layers=[]), "layers chooses none of the layers with statistics, 1, 4, 7"),
         (lambda m: BatchNormStatistics(m, layers=nn.BatchNorm1d), "layers chooses none"),
-        (lambda m: BatchNormStatistics(m, mode="l3"), "mode is 'l3'; accepted are 'l2', 'squared', 'gaussian_kl'"),
+        (
+            lambda m: BatchNormStatistics(m, mode="l3"),
+            "mode is 'l3'; accepted are 'l2', 'l1', 'squared'",
+        ),
         (lambda m: BatchNormStatistics(m, uses="first"), "uses is 'first'; accepted are 'all', 'last'"),
         (lambda m: BatchNormStatistics(m, at="middle"), "at is 'middle'; accepted are 'input', 'output'"),
     ],
