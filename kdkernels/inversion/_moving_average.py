@@ -35,15 +35,16 @@ class MovingAverage:
         mixed = [(1 - self.share) * now + self.share * then for now, then in zip((mean, var), averages, strict=True)]
         return mixed[0], mixed[1]
 
-    @torch.no_grad()
     def update(self, use: LayerUse, mean: Tensor, var: Tensor) -> None:
         """Make the average what is compared now."""
-        mixed = self.mixed(use, mean, var)
-        # In place, for a CUDA graph that reads it
-        for then, now in zip(self.statistics.get(use, ()), mixed, strict=False):
-            then.copy_(now)
-        if use not in self.statistics:
-            self.statistics[use] = (mixed[0].detach().clone(), mixed[1].detach().clone())
+        with torch.inference_mode(False), torch.no_grad():
+            mixed = self.mixed(use, mean, var)
+            if use not in self.statistics:
+                self.statistics[use] = (mixed[0].clone(), mixed[1].clone())
+                return
+            # In place, for a CUDA graph that reads it
+            for then, now in zip(self.statistics[use], mixed, strict=True):
+                then.copy_(now)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages by ``"<layer>.<use>.mean"`` and ``"<layer>.<use>.var"``."""
