@@ -26,6 +26,7 @@ class Record(NamedTuple):
     mean: Tensor  # [C], or [N, C] where images are told apart
     var: Tensor
     targets: tuple[Tensor, Tensor] | None  # where they may change after the layer ran
+    part: int = 0  # of the batch, in the order of the parts
 
 
 class Forward:
@@ -114,7 +115,7 @@ class Forward:
 def merged(records: list[Record], unbiased: bool) -> list[Record]:
     """Return one record of each use, of the whole batch, from those of its parts; differentiable."""
     groups: dict[tuple[int, int], list[Record]] = {}
-    for record in sorted(records, key=lambda record: record.mean.device.index or 0):
+    for record in sorted(records, key=lambda record: record.part):
         groups.setdefault((record.layer, record.use), []).append(record)
     return [_merge(parts, unbiased) for parts in groups.values()]
 
@@ -150,7 +151,8 @@ class Replicas:
 
     A replica has the attributes that its module had when it was made, and all replicas of a forward are made before
     the first of them runs. If the modules get another mark then, replicas have the same mark if their forward is the
-    same. A copy of a network has a copy of the mark, which is another one.
+    same. A copy of a network has a copy of the mark, which is another one. The replicas of a module are made in the
+    order of the parts of the batch, and numbered.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -159,6 +161,11 @@ class Replicas:
         self.owner = object()
         self.mark = Mark(self.owner)
 
+    def number(self) -> None:
+        """Number the replicas that are made from now on."""
+        for module in self.modules:
+            module.__dict__.setdefault(_REPLICATE, Replication(module)).users += 1
+
     def renew(self) -> None:
         """Give the modules another mark."""
         self.mark = Mark(self.owner)
@@ -166,14 +173,43 @@ class Replicas:
             module.__dict__[self.name] = self.mark
 
     def remove(self) -> None:
-        """Take the marks away."""
+        """Take marks and numbers away."""
         for module in self.modules:
             module.__dict__.pop(self.name, None)
+            replication = module.__dict__[_REPLICATE]
+            replication.users -= 1
+            if replication.users == 0:
+                del module.__dict__[_REPLICATE]
 
     def mark_of(self, replica: nn.Module) -> Mark | None:
         """Return the mark of a replica, or None if it is of another network."""
         mark: Mark | None = replica.__dict__.get(self.name)
         return mark if mark is not None and mark.owner is self.owner else None
+
+
+_REPLICATE = "_replicate_for_data_parallel"  # the method that DataParallel calls
+_NUMBER = "_number_of_replica"
+
+
+class Replication:
+    """Makes the replicas of a module in place of its own method, and numbers them. A copy of it is of the copy."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.users = 0
+        self.made = 0
+
+    def __call__(self) -> nn.Module:
+        replica: nn.Module = getattr(type(self.module), _REPLICATE)(self.module)
+        self.made += 1
+        replica.__dict__[_NUMBER] = self.made
+        return replica
+
+
+def number_of(replica: nn.Module) -> int:
+    """Return the number of a replica, larger than those of the parts before it."""
+    number: int = replica.__dict__[_NUMBER]
+    return number
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels._networks import frozen
-from kdkernels.inversion._forwards import Forward, Record, Replicas, is_replica, lock
+from kdkernels.inversion._forwards import Forward, Record, Replicas, is_replica, lock, number_of
 from kdkernels.inversion._layers import At
 from kdkernels.inversion._moments import Reported, tap
 from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined
@@ -62,6 +62,7 @@ class Recording:
         self._reset()
         self._frozen.__enter__()
         self._replicas.renew()
+        self._replicas.number()
         # Functions, because a copy of the network would copy this object with its methods.
         self._handles = [
             self.model.register_forward_pre_hook(lambda module, arguments: self._enter(module), prepend=True),
@@ -195,8 +196,8 @@ class Recording:
         values = activation.numel() // mean.numel()
         if is_replica(module):
             with lock:
-                use = forward.number_use_of_replica(module)
-                forward.records.append(Record(index, use, values, mean, var, targets))
+                use, part = forward.number_use_of_replica(module), number_of(module)
+                forward.records.append(Record(index, use, values, mean, var, targets, part))
         else:
             forward.records.append(Record(index, forward.number_use(index), values, mean, var, targets))
             if forward.repeated:
