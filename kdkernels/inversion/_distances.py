@@ -89,10 +89,9 @@ class Distances:
         if self.over == "image":
             self._count_images(records)
             return self._measured(records, [(r.mean, r.var) for r in records]).mean(0)
-        pairs = [(r.mean, r.var) for r in records]
-        if self.average is not None:
-            pairs = [self.average.mixed(self.use_of(r), r.mean, r.var) for r in records]
-        return self._measured(records, [(mean[None], var[None]) for mean, var in pairs]).squeeze(0)
+        if self.average is None:
+            return self._measured(records, [(r.mean, r.var) for r in records])
+        return self._measured(records, [self.average.mixed(self.use_of(r), r.mean, r.var) for r in records])
 
     def _over_classes(self, records: list[Record], labels: Tensor | None) -> Tensor:
         images = self._count_images(records)
@@ -128,42 +127,39 @@ class Distances:
         return len(first.mean)
 
     def _measured(self, records: list[Record], pairs: Sequence[Statistics], labels: Tensor | None = None) -> Tensor:
-        """Return the distances [N, records] of statistics [N, C] of each record."""
+        """Return the distances [records] of statistics [C] of each record, or [N, records] of [N, C]."""
         device = records[0].mean.device
-        mean, var = (torch.cat([values.to(device) for values in side], 1) for side in zip(*pairs, strict=True))
+        mean, var = (torch.cat([values.to(device) for values in side], -1) for side in zip(*pairs, strict=True))
         target_mean, target_var = (side.expand(mean.shape) for side in self._targets(records, labels))
-        channels = [self.channels[self.names[record.layer]] for record in records] * len(mean)
+        channels = [self.channels[self.names[record.layer]] for record in records]
         losses = batch_norm_stat_distances(
             mean.reshape(-1),
             var.reshape(-1),
             target_mean.reshape(-1),
             target_var.reshape(-1),
-            channels,
+            channels * (len(mean) if mean.dim() == 2 else 1),
             **self.options,
         )
-        return losses.view(len(mean), len(records))
+        return losses.view(*mean.shape[:-1], len(records))
 
     def _targets(self, records: list[Record], labels: Tensor | None) -> Statistics:
-        """Return the targets of all records one after another, [1, C], or [N, C] if some depend on the label."""
+        """Return the targets of all records one after another, [C], or [N, C] if some depend on the label."""
         order = tuple(record.layer for record in records)
         if order in self._running:
             return self._running[order]
         device = records[0].mean.device
         pairs = [self._target(record, labels) for record in records]
-        rows = max(len(mean) for mean, _ in pairs)
-        means, variances = (
-            torch.cat([values.to(device).expand(rows, -1) for values in side], 1) for side in zip(*pairs, strict=True)
-        )
-        if self.fixed and all(mean.dim() == 1 for layer, (mean, _) in self.targets.items() if layer in order):
+        rows = [len(mean) for mean, _ in pairs if mean.dim() == 2]
+        if rows:
+            pairs = [(mean.expand(rows[0], -1), var.expand(rows[0], -1)) for mean, var in pairs]
+        means, variances = (torch.cat([values.to(device) for values in side], -1) for side in zip(*pairs, strict=True))
+        if self.fixed and not rows:
             self._running[order] = means, variances
         return means, variances
 
     def _target(self, record: Record, labels: Tensor | None) -> Statistics:
-        """Return the target of a record, [1, C], or [N, C] if it depends on the label."""
-        mean, var = (
-            self.targets.get(record.layer) or record.targets or running_targets(self.modules[record.layer], self.at)
-        )
-        if mean.dim() == 1:
-            return mean[None], var[None]
-        assert labels is not None
-        return class_targets(self.names[record.layer], mean, var, labels)
+        """Return the target of a record, [C], or [N, C] if it depends on the label."""
+        given = self.targets.get(record.layer)
+        if given is not None and given[0].dim() == 2 and labels is not None:
+            return class_targets(self.names[record.layer], *given, labels)
+        return given or record.targets or running_targets(self.modules[record.layer], self.at)
