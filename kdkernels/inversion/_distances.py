@@ -17,6 +17,24 @@ from kdkernels.ops._checks import check_choice, is_readable
 Statistics = tuple[Tensor, Tensor]
 
 
+class Numbers:
+    """Numbers on a device, copied there again only when they change: a copy waits for the device."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+        self.tensor: Tensor | None = None
+
+    def like(self, like: Tensor, numbers: Sequence[float]) -> Tensor:
+        """Return the numbers in the dtype and on the device of a tensor."""
+        key = (tuple(numbers), like.dtype, like.device)
+        if self.tensor is not None and key == self.key:
+            return self.tensor
+        tensor = torch.tensor(numbers, dtype=like.dtype).to(like.device)
+        if not torch.is_inference_mode_enabled():  # autograd saves no inference tensor
+            self.key, self.tensor = key, tensor
+        return tensor
+
+
 class Distances:
     """How the statistics of layers are compared with their targets.
 
@@ -153,7 +171,7 @@ class Distances:
         if rows:
             pairs = [(mean.expand(rows[0], -1), var.expand(rows[0], -1)) for mean, var in pairs]
         means, variances = (torch.cat([values.to(device) for values in side], -1) for side in zip(*pairs, strict=True))
-        if self.fixed and not rows:
+        if self.fixed and not rows and not torch.is_inference_mode_enabled():  # autograd saves no inference tensor
             self._running[order] = means, variances
         return means, variances
 

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, Self
 
-import torch
 from torch import Tensor, nn
 
-from kdkernels.inversion._distances import Distances
+from kdkernels.inversion._distances import Distances, Numbers
 from kdkernels.inversion._forwards import LayerUse
 from kdkernels.inversion._layers import At, Layers, find_layers, weights_of
 from kdkernels.inversion._moments import Over, Reported
@@ -143,6 +142,7 @@ class BatchNormStatistics:
                 "var_weight": var_weight,
             },
         )
+        self._weights = Numbers()
         reported = Reported.for_comparison(over, unbiased)
         self._recording = Recording(model, found, reported=reported, uses=uses, at=at, freeze=freeze)
 
@@ -204,8 +204,7 @@ class BatchNormStatistics:
         if weights is None:
             return losses.sum()
         of_layers = weights_of(weights, self.layers)
-        chosen = torch.tensor([of_layers[record.layer] for record in records], dtype=losses.dtype)
-        return (losses * chosen.to(losses.device)).sum()
+        return (losses * self._weights.like(losses, [of_layers[record.layer] for record in records])).sum()
 
     def update_ema(self) -> None:
         """Make the moving average what the latest forward compares: its statistics with the former average mixed in.

@@ -34,6 +34,28 @@ def test_statistics_equal_hooks(mode):
     close(grad, expected_grad)
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_weights_change_and_an_evaluation_in_inference_mode_does_not_matter(backend):
+    torch._dynamo.reset()
+    model, x = plain().eval(), images()
+    losses, _, _ = hooked_loss(model, x)
+    with BatchNormStatistics(model) as statistics:
+
+        def loss(weights):
+            model(x)
+            return statistics.loss(weights)
+
+        with torch.inference_mode():
+            loss([1.0, 2.0, 3.0])
+        if backend is not None:
+            loss = torch.compile(loss, backend=backend)
+        for weights in ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [0.5, 0.0, 4.0]):
+            expected = sum(w * part for w, part in zip(weights, losses, strict=True))
+            found = loss(weights)
+            close(found, expected)
+            close(torch.autograd.grad(found, x)[0], torch.autograd.grad(expected, x, retain_graph=True)[0])
+
+
 def test_the_last_use_of_a_layer_alone():
     model = trained_like(Ranks()).double()
     x = torch.randn(4, 3, 5, 6, dtype=F64)
