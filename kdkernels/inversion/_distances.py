@@ -12,7 +12,7 @@ from kdkernels.inversion._layers import At
 from kdkernels.inversion._moments import Classes, Over
 from kdkernels.inversion._moving_average import MovingAverage
 from kdkernels.inversion._targets import Targets, class_targets, given_targets, running_targets
-from kdkernels.ops._checks import check_choice, is_readable
+from kdkernels.ops._checks import check_choice, checked_distance, is_readable
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -67,8 +67,7 @@ class Distances:
         options: Mapping[str, Any],
     ) -> None:
         check_choice("over", over, ("batch", "image", "class"))
-        one = torch.ones(1)
-        batch_norm_stat_distances(one, one, one, one, [1], **options)  # raises if an option is not accepted
+        checked_distance(**options)
         self.names = list(layers)
         self.modules = list(layers.values())
         self.over: Over = over
@@ -121,7 +120,8 @@ class Distances:
             raise ValueError(
                 f"labels must be [{images}] of int64, one for each image; got {list(labels.shape)} of {labels.dtype}"
             )
-        labels = labels.to(records[0].mean.device)
+        device = records[0].mean.device
+        labels = labels.to(device)
         classes = Classes(labels)
         pairs = []
         for record in records:
@@ -130,7 +130,8 @@ class Distances:
                     f"a class has a single value for each channel of layer {self.names[record.layer]}, whose unbiased "
                     "variance is not defined; expected two images of each class, or unbiased=False"
                 )
-            pairs.append(classes.merged(record.mean, record.var, record.values, self.unbiased))
+            mean, var = record.mean.to(device), record.var.to(device)
+            pairs.append(classes.merged(mean, var, record.values, self.unbiased))
         return classes.mean_of(self._measured(records, pairs, labels))
 
     def _count_images(self, records: list[Record]) -> int:

@@ -41,7 +41,7 @@ class BatchNormStatistics:
     What is known of published recipes without a complete preset: SRe2L (arXiv 2306.13092) weights the loss by 0.01 and
     the first layer by 10, ``0.01 * statistics.loss([10.0] + [1.0] * (len(statistics.layers) - 1))``; federated
     inversion (NVlabs/DeepInversion) compares single images or small batches with the ``targets`` of
-    :func:`demixed_targets`, weighted by 0.1; Fast-Datafree (arXiv 2112.06248) has ``ema=0.9``.
+    :func:`demixed_targets`, weighted by 0.1; Fast-Datafree (arXiv 2112.06253) has ``ema=0.9``.
 
     Args:
         model: Network with BatchNorm layers that keep running statistics. A frozen batch normalization, or any other
@@ -115,7 +115,6 @@ class BatchNormStatistics:
     ) -> None:
         check_choice("uses", uses, ("all", "last"))
         check_choice("at", at, ("input", "output"))
-        check_choice("over", over, ("batch", "image", "class"))
         self.model = model
         self.mode: Mode = mode
         self.moment: Moment = moment

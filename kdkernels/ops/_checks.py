@@ -61,6 +61,42 @@ def check_integer(name: str, value: object, *, minimum: float = -math.inf) -> No
         raise ValueError(f"{name} is {number}; expected {minimum} or more")
 
 
+def checked_distance(
+    mode: str, moment: str, reduction: str | None, mean_weight: object, var_weight: object
+) -> tuple[str, str, str, float, float]:
+    """Return the options of a distance between statistics in the form in which they may be computed with, or raise."""
+    check_choice("mode", mode, ("l2", "l1", "squared", "gaussian_kl"))
+    check_choice("moment", moment, ("var", "std"))
+    if mode == "gaussian_kl" and moment != "var":
+        raise ValueError("moment='std' applies to the modes 'l2', 'l1' and 'squared'; 'gaussian_kl' takes roots itself")
+    if reduction is not None:
+        check_choice("reduction", reduction, ("mean", "sum"))
+        if mode == "l2":
+            raise ValueError(
+                f"reduction is {reduction!r}, but mode='l2' is a norm over the channels, which is not reduced; leave "
+                "reduction out, or choose mode='l1' or 'squared'"
+            )
+    weights = _distance_weight("mean_weight", mean_weight, mode), _distance_weight("var_weight", var_weight, mode)
+    return mode, moment, reduction or "mean", *weights
+
+
+def _distance_weight(name: str, weight: object, mode: str) -> float:
+    number = weight
+    if type(number) is not float:  # compiled code asks a float nothing else
+        if isinstance(number, Tensor):
+            raise TypeError(f"{name} is a tensor; expected a number, such as float({name})")
+        check_number(name, number)
+        number = float(number)  # type: ignore[arg-type]
+    if not abs(number) < math.inf:
+        raise ValueError(f"{name} is {number!r}; expected a finite number")
+    if mode == "gaussian_kl" and number != 1:
+        raise ValueError(
+            f"{name} is {number!r}, but mode='gaussian_kl' is one formula of mean and variance together; leave it at "
+            "1, or choose another mode"
+        )
+    return number
+
+
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless two tensors are on one device."""
     if tensor.device != other.device:

@@ -78,34 +78,6 @@ _DISTANCES_BACKWARD = _registry.define(
 )
 
 
-def _checked_options(
-    like: Tensor, mode: str, moment: str, reduction: str | None, mean_weight: Any, var_weight: Any
-) -> tuple[str, str, str, float, float]:
-    """Return the options in the form that the op takes, or raise."""
-    _checks.check_choice("mode", mode, ("l2", "l1", "squared", "gaussian_kl"))
-    _checks.check_choice("moment", moment, ("var", "std"))
-    if mode == "gaussian_kl" and moment != "var":
-        raise ValueError("moment='std' applies to the modes 'l2', 'l1' and 'squared'; 'gaussian_kl' takes roots itself")
-    if reduction is not None:
-        _checks.check_choice("reduction", reduction, ("mean", "sum"))
-        if mode == "l2":
-            raise ValueError(
-                f"reduction is {reduction!r}, but mode='l2' is a norm over the channels, which is not reduced; leave "
-                "reduction out, or choose mode='l1' or 'squared'"
-            )
-    weights = []
-    for name, weight in (("mean_weight", mean_weight), ("var_weight", var_weight)):
-        if isinstance(weight, Tensor):
-            raise TypeError(f"{name} is a tensor; expected a number, such as float({name})")
-        weights.append(float(_checks.check_scalar(name, weight, like)))
-        if mode == "gaussian_kl" and weights[-1] != 1:
-            raise ValueError(
-                f"{name} is {weight!r}, but mode='gaussian_kl' is one formula of mean and variance together; leave it "
-                "at 1, or choose another mode"
-            )
-    return mode, moment, reduction or "mean", weights[0], weights[1]
-
-
 def batch_norm_stat_distances(
     mean: Tensor,
     var: Tensor,
@@ -154,7 +126,7 @@ def batch_norm_stat_distances(
         _checks.check_floating(name, tensor)
         if tensor.shape != expected:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}, one value per channel")
-    options = _checked_options(mean, mode, moment, reduction, mean_weight, var_weight)
+    options = _checks.checked_distance(mode, moment, reduction, mean_weight, var_weight)
     given = (_autograd.savable(tensor.to(mean.dtype)) for tensor in statistics.values())
     losses: Tensor = _DISTANCES.run_on(mean.device, *given, channels, *options)
     return losses
