@@ -54,7 +54,8 @@ class BatchNormStatistics:
         unbiased: Whether the variance of the images is divided by n - 1.
         over: What a mean and variance are taken over: the ``"batch"``; each ``"image"``, whose distances are averaged;
             or the images of each ``"class"`` in the batch, whose distances are averaged. Classes need the labels:
-            ``loss(labels=labels)``. A layer must then have one row for each image.
+            ``loss(labels=labels)``. A layer must then have one row for each image. Where an image has a single value
+            for each channel, as in BatchNorm1d, its variance is 0, by which gaussian_kl divides: leave such layers out.
         targets: Statistics to compare with instead of the running statistics, (mean, var) by name of the layer, [C]
             each; layers that are not named keep theirs. With ``over="class"`` also [classes, C], a row for each label.
         ema: Share a of a moving average in what is compared: :math:`(1-a)\mu + a\bar\mu`, and the same of the variance,
