@@ -54,8 +54,10 @@ def given_targets(
         if name not in targets:
             continue
         pair = targets[name]
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        if not isinstance(pair, (tuple, list)):
             raise TypeError(f"targets[{name!r}] is a {type(pair).__name__}; expected the pair (mean, var)")
+        if len(pair) != 2:
+            raise ValueError(f"targets[{name!r}] holds {len(pair)}; expected the pair (mean, var)")
         for which, tensor in zip(("mean", "var"), pair, strict=True):
             _check_target(f"the {which} of targets[{name!r}]", tensor, size, by_class)
         if pair[0].shape != pair[1].shape:

@@ -92,6 +92,7 @@ def test_a_target_for_each_class():
         ([1, 2], TypeError, r"targets is a list; expected \{name of a layer: \(mean, var\)\}"),
         ({"0": (1, 2)}, ValueError, r"targets names \['0'\]; the layers are stages.0.1, "),
         ({"stages.0.1": torch.ones(4)}, TypeError, r"targets\['stages.0.1'\] is a Tensor; expected the pair"),
+        ({"stages.0.1": (torch.ones(4),)}, ValueError, r"targets\['stages.0.1'\] holds 1; expected the pair"),
         ({"stages.0.1": (torch.ones(4), [1.0] * 4)}, TypeError, "the var of targets.* must be a tensor, got list"),
         ({"stages.0.1": (torch.ones(3), torch.ones(3))}, ValueError, r"the mean of .* shape \[3\]; expected \[4\];"),
         (
