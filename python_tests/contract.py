@@ -124,13 +124,13 @@ class OpContract(UnderTransforms):
 
     @of_kernels
     def test_equals_reference(self, case: Case):
-        """The error is at most eager PyTorch's own in the same dtype, or 4 units in the last place.
+        """The error is at most twice eager PyTorch's own in the same dtype, or 1e-6 of the result's scale.
 
         Results are compared with the float64 reference; float64 results with extended precision.
         """
         is_double = torch.float64 in [t.dtype for t in case.samples[0]]
         rows = accuracy_of(case, self.extended_results) if is_double else accuracy_of(case)
-        ACCURACY.extend(Accuracy(f"{self.op}, {row.name}", row.ours, row.eager) for row in rows)
+        ACCURACY.extend(Accuracy(f"{self.op}, {row.name}", row.ours, row.eager, row.allowed) for row in rows)
         for row in rows:
             assert row.passed, row
 

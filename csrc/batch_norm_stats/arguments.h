@@ -6,16 +6,10 @@
 #include <string>
 
 #include "batch_norm_stats/math.h"
+#include "core/channels.h"
 #include "core/storage.h"
 
 namespace kdkernels {
-
-// A tensor [N, C, ...] as rows of channels (channels_last, and 2-d) or as planes of one channel each
-struct ChannelTensor {
-  void* data = nullptr;
-  int64_t sample_stride = 0, channel_stride = 0;  // of planes
-  int64_t row_stride = 0;                         // of rows
-};
 
 // An activation, and for the backward of its tap the gradients that belong to it
 struct BatchNormArguments {
@@ -28,14 +22,6 @@ struct BatchNormArguments {
   KDKERNELS_INLINE double count() const { return double(samples) * double(plane); }
   KDKERNELS_INLINE double divisor() const { return unbiased ? count() - 1 : count(); }
 };
-
-template <class T>
-KDKERNELS_INLINE T* at(const ChannelTensor& tensor, int64_t offset) {
-  return tensor.data == nullptr ? nullptr : static_cast<T*>(tensor.data) + offset;
-}
-KDKERNELS_INLINE int64_t plane_offset(const ChannelTensor& tensor, int64_t sample, int64_t channel) {
-  return sample * tensor.sample_stride + channel * tensor.channel_stride;
-}
 
 inline math::StatDistance stat_distance(const std::string& mode, const std::string& moment,
                                         const std::string& reduction, double mean_weight, double var_weight) {

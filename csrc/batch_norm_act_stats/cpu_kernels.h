@@ -1,0 +1,361 @@
+// The fused BatchNorm layer: output and statistics of the input in one pass, and all their gradients in another.
+//
+// The moments of a block that the first-level cache holds are sums around a center, the mean of some values, and
+// are merged in double. So the variance keeps its accuracy however large the mean is.
+#pragma once
+
+#include "batch_norm_act_stats/plan.h"
+#include "core/cpu/scratch.h"
+
+namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
+
+using math::ActivationKind;
+
+// Reads and writes `count` numbers, which are those of a whole vector if `whole`.
+template <bool whole, class V, class T>
+KDKERNELS_INLINE V read(const T* source, int64_t count, Scalar<V> fill = 0) {
+  if constexpr (whole) return load<V>(source);
+  return load_part<V>(source, count, fill);
+}
+template <bool whole, class V, class T>
+KDKERNELS_INLINE void write(T* destination, V value, int64_t count) {
+  if constexpr (whole) {
+    store(destination, value);
+  } else {
+    store_part(destination, value, count);
+  }
+}
+
+template <class V>
+KDKERNELS_INLINE V load_at(const void* numbers, int64_t i) {
+  return load<V>(static_cast<const Scalar<V>*>(numbers) + i);
+}
+template <class V>
+KDKERNELS_INLINE V splat_at(const void* numbers, int64_t i) {
+  return splat<V>(static_cast<const Scalar<V>*>(numbers)[i]);
+}
+
+// Sums of distances and squared distances from a center
+template <class V>
+struct Sums {
+  V distances{}, squares{};
+
+  KDKERNELS_INLINE void add(V distance) {
+    distances = distances + distance;
+    squares = squares + distance * distance;
+  }
+  KDKERNELS_INLINE void add(const Sums& other) {
+    distances = distances + other.distances;
+    squares = squares + other.squares;
+  }
+};
+
+KDKERNELS_INLINE BatchNormActCall::Moments moments_of(double center, double count, double distances, double squares) {
+  const double around = squares - distances * distances / count;
+  return {count, center + distances / count, around < 0 ? 0 : around};
+}
+
+// Adds the lanes of a vector to numbers in double.
+template <class V>
+KDKERNELS_INLINE void add_lanes(double* to, V values) {
+  Scalar<V> numbers[lanes<V>];
+  store(numbers, values);
+  for (int l = 0; l < lanes<V>; ++l) to[l] += double(numbers[l]);
+}
+template <class V>
+KDKERNELS_INLINE double exact_sum(V values) {
+  double numbers[lanes<V>] = {}, sum = 0;
+  add_lanes(numbers, values);
+  for (int l = 0; l < lanes<V>; ++l) sum += numbers[l];
+  return sum;
+}
+
+// Neighbouring numbers of the tensors of a forward: a plane, or some channels of a row
+template <ActivationKind kind, class V, class T>
+struct Forward {
+  const T *x, *residual;
+  T* out;
+
+  // Computes the output of a vector of numbers and returns them.
+  template <bool whole>
+  KDKERNELS_INLINE V vector(int64_t i, int64_t count, V scale, V shift, const math::ActivationOf<kind, V>& activation,
+                            Scalar<V> fill = 0) const {
+    const V value = read<whole, V>(x + i, count, fill);
+    V sum = value * scale + shift;
+    if (residual != nullptr) sum = sum + read<whole, V>(residual + i, count);
+    write<whole>(out + i, activation.at(sum), count);
+    return value;
+  }
+};
+
+// The coefficients of the gradient, for one channel or some
+template <class V>
+struct Coefficients {
+  V scale, shift, mean, constant, slope;
+};
+
+// Neighbouring numbers of the tensors of a backward
+template <ActivationKind kind, class V, class T>
+struct Backward {
+  const T *x, *y, *grad;  // y: the output, if there is a residual
+  T *by_input, *by_residual;
+
+  template <bool whole>
+  KDKERNELS_INLINE void vector(int64_t i, int64_t count, const Coefficients<V>& c,
+                               const math::ActivationOf<kind, V>& activation) const {
+    const V value = read<whole, V>(x + i, count);
+    V result = math::statistics_gradient(value, c.mean, c.constant, c.slope);
+    if (grad != nullptr) {
+      const V at = y == nullptr ? value * c.scale + c.shift : read<whole, V>(y + i, count);
+      const V through = activation.through(at, read<whole, V>(grad + i, count));
+      if (by_residual != nullptr) write<whole>(by_residual + i, through, count);
+      result = result + through * c.scale;
+    }
+    write<whole>(by_input + i, result, count);
+  }
+};
+
+// Planes
+
+template <ActivationKind kind, class V, class T>
+BatchNormActCall::Moments plane_forward(const BatchNormActCall& call, int64_t channel, int64_t first, int64_t last) {
+  using S = Scalar<V>;
+  const V scale = splat_at<V>(call.scale, channel), shift = splat_at<V>(call.shift, channel);
+  const math::ActivationOf<kind, V> activation(call.activation);
+  BatchNormActCall::Moments total;
+  for (int64_t start = 0; start < call.plane; start += BatchNormActCall::block_values) {
+    const int64_t end = std::min(call.plane, start + BatchNormActCall::block_values);
+    // The mean of values from all over the block, so that it is not that of a border alone
+    const T* const begin = at<const T>(call.input, plane_offset(call.input, first, channel) + start);
+    const int64_t length = end - start, some = std::min<int64_t>(length, 4 * lanes<V>);
+    S center = 0;
+    for (int64_t k = 0; k < some; ++k) center += load_one<S>(begin + k * length / some);
+    center /= S(some);
+    Sums<V> sums[2];
+    for (int64_t n = first; n < last; ++n) {
+      const Forward<kind, V, T> numbers{at<const T>(call.input, plane_offset(call.input, n, channel)),
+                                        at<const T>(call.residual, plane_offset(call.residual, n, channel)),
+                                        at<T>(call.output, plane_offset(call.output, n, channel))};
+      const auto add = [&](Sums<V>& to, int64_t i) {
+        to.add(numbers.template vector<true>(i, lanes<V>, scale, shift, activation) - center);
+      };
+      int64_t i = start;
+      for (; i + 2 * lanes<V> <= end; i += 2 * lanes<V>) {
+        add(sums[0], i);
+        add(sums[1], i + lanes<V>);
+      }
+      if (i + lanes<V> <= end) {
+        add(sums[0], i);
+        i += lanes<V>;
+      }
+      if (i < end) {
+        sums[1].add(numbers.template vector<false>(i, end - i, scale, shift, activation, center) - center);
+      }
+    }
+    sums[0].add(sums[1]);
+    total.merge(
+        moments_of(center, double(length * (last - first)), exact_sum(sums[0].distances), exact_sum(sums[0].squares)));
+  }
+  return total;
+}
+
+template <ActivationKind kind, class V, class T>
+void plane_backward(const BatchNormActCall& call, int64_t channel, int64_t first, int64_t last) {
+  const math::ActivationOf<kind, V> activation(call.activation);
+  for (int64_t n = first; n < last; ++n) {
+    const int64_t i_statistic = call.by_image ? n * call.channels + channel : channel;
+    const Coefficients<V> coefficients{splat_at<V>(call.scale, channel), splat_at<V>(call.shift, channel),
+                                       splat_at<V>(call.mean, i_statistic), splat_at<V>(call.constant, i_statistic),
+                                       splat_at<V>(call.slope, i_statistic)};
+    const Backward<kind, V, T> numbers{at<const T>(call.input, plane_offset(call.input, n, channel)),
+                                       at<const T>(call.output, plane_offset(call.output, n, channel)),
+                                       at<const T>(call.grad_output, plane_offset(call.grad_output, n, channel)),
+                                       at<T>(call.grad_input, plane_offset(call.grad_input, n, channel)),
+                                       at<T>(call.grad_residual, plane_offset(call.grad_residual, n, channel))};
+    int64_t i = 0;
+    for (; i + lanes<V> <= call.plane; i += lanes<V>) {
+      numbers.template vector<true>(i, lanes<V>, coefficients, activation);
+    }
+    if (i < call.plane) numbers.template vector<false>(i, call.plane - i, coefficients, activation);
+  }
+}
+
+// Rows
+
+struct RowRange {
+  int64_t sample, first, last;
+
+  RowRange(const BatchNormActCall& call, int64_t item) : sample(call.by_image ? item / call.pieces : 0) {
+    const int64_t piece = item - sample * call.pieces;
+    first = sample * call.plane + piece * call.group;
+    last = sample * call.plane + std::min(call.divided, (piece + 1) * call.group);
+  }
+};
+
+// Calls body(first row, last row, first channel, number of channels, width, whole) for blocks of rows that the
+// first-level cache holds, and runs of `width` vectors of channels.
+template <class V, class Body>
+KDKERNELS_INLINE void for_each_block(const BatchNormActCall& call, const RowRange& range, const Body& body) {
+  constexpr int width = 4;
+  const int64_t rows = call.block_rows();
+  for (int64_t row = range.first; row < range.last; row += rows) {
+    const int64_t end = std::min(row + rows, range.last);
+    int64_t c = 0;
+    for (; c + width * lanes<V> <= call.channels; c += width * lanes<V>) {
+      body(row, end, c, lanes<V>, std::integral_constant<int, width>(), std::true_type());
+    }
+    for (; c + lanes<V> <= call.channels; c += lanes<V>) {
+      body(row, end, c, lanes<V>, std::integral_constant<int, 1>(), std::true_type());
+    }
+    if (c < call.channels) {
+      body(row, end, c, call.channels % lanes<V>, std::integral_constant<int, 1>(), std::false_type());
+    }
+  }
+}
+
+// The mean of each channel in rows from all over the range
+template <class V, class T>
+void find_centers(const BatchNormActCall& call, const RowRange& range, Scalar<V>* centers) {
+  using S = Scalar<V>;
+  const int64_t count = range.last - range.first, some = std::min<int64_t>(8, count);
+  for (int64_t c = 0; c < call.channels; c += lanes<V>) {
+    const bool whole = call.channels - c >= lanes<V>;
+    V sum{};
+    for (int64_t k = 0; k < some; ++k) {
+      const T* const x = at<const T>(call.input, (range.first + k * count / some) * call.input.row_stride + c);
+      sum = sum + (whole ? load<V>(x) : load_part<V>(x, call.channels % lanes<V>, S(0)));
+    }
+    store(centers + c, V(sum / S(some)));
+  }
+}
+
+template <ActivationKind kind, class V, class T>
+void rows_forward(const BatchNormActCall& call, int64_t item) {
+  using S = Scalar<V>;
+  const RowRange range(call, item);
+  const int64_t padded = call.channels + lanes<V>;
+  const Scratch<S> centers(padded);
+  const Scratch<double> distances(padded), squares(padded);
+  std::fill_n(distances.get(), padded, 0.0);
+  std::fill_n(squares.get(), padded, 0.0);
+  find_centers<V, T>(call, range, centers.get());
+  const math::ActivationOf<kind, V> activation(call.activation);
+  const auto block = [&](int64_t begin, int64_t end, int64_t c, int64_t count, auto vectors, auto whole) {
+    // One vector of channels is summed in several rows at a time, since an addition waits for the one before it.
+    constexpr int width = vectors.value, together = width == 1 && whole.value ? 4 : 1;
+    V scale[width], shift[width], center[width];
+    Sums<V> sums[together][width];
+    for (int w = 0; w < width; ++w) {
+      scale[w] = load_at<V>(call.scale, c + w * lanes<V>);
+      shift[w] = load_at<V>(call.shift, c + w * lanes<V>);
+      center[w] = load<V>(centers.get() + c + w * lanes<V>);
+    }
+    const auto add = [&](Sums<V>* to, int64_t row) {
+      const Forward<kind, V, T> numbers{at<const T>(call.input, row * call.input.row_stride + c),
+                                        at<const T>(call.residual, row * call.residual.row_stride + c),
+                                        at<T>(call.output, row * call.output.row_stride + c)};
+      for (int w = 0; w < width; ++w) {
+        to[w].add(numbers.template vector<whole.value>(w * lanes<V>, count, scale[w], shift[w], activation) -
+                  center[w]);
+      }
+    };
+    int64_t row = begin;
+    for (; row + together <= end; row += together) {
+      for (int t = 0; t < together; ++t) add(sums[t], row + t);
+    }
+    for (; row < end; ++row) add(sums[0], row);
+    for (int w = 0; w < width; ++w) {
+      for (int t = 1; t < together; ++t) sums[0][w].add(sums[t][w]);
+      add_lanes(distances.get() + c + w * lanes<V>, sums[0][w].distances);
+      add_lanes(squares.get() + c + w * lanes<V>, sums[0][w].squares);
+    }
+  };
+  for_each_block<V>(call, range, block);
+  for (int64_t c = 0; c < call.channels; ++c) {
+    call.partial[item * call.channels + c] =
+        moments_of(double(centers.get()[c]), double(range.last - range.first), distances.get()[c], squares.get()[c]);
+  }
+}
+
+template <ActivationKind kind, class V, class T>
+void rows_backward(const BatchNormActCall& call, int64_t item) {
+  const RowRange range(call, item);
+  const math::ActivationOf<kind, V> activation(call.activation);
+  const auto block = [&](int64_t begin, int64_t end, int64_t c, int64_t count, auto vectors, auto whole) {
+    constexpr int width = vectors.value;
+    Coefficients<V> coefficients[width];
+    for (int w = 0; w < width; ++w) {
+      const int64_t i = c + w * lanes<V>, i_statistic = range.sample * call.channels + i;
+      coefficients[w] = {load_at<V>(call.scale, i), load_at<V>(call.shift, i), load_at<V>(call.mean, i_statistic),
+                         load_at<V>(call.constant, i_statistic), load_at<V>(call.slope, i_statistic)};
+    }
+    for (int64_t row = begin; row < end; ++row) {
+      const Backward<kind, V, T> numbers{at<const T>(call.input, row * call.input.row_stride + c),
+                                         at<const T>(call.output, row * call.output.row_stride + c),
+                                         at<const T>(call.grad_output, row * call.grad_output.row_stride + c),
+                                         at<T>(call.grad_input, row * call.grad_input.row_stride + c),
+                                         at<T>(call.grad_residual, row * call.grad_residual.row_stride + c)};
+      for (int w = 0; w < width; ++w) {
+        numbers.template vector<whole.value>(w * lanes<V>, count, coefficients[w], activation);
+      }
+    }
+  };
+  for_each_block<V>(call, range, block);
+}
+
+// Calls body(kind) with the kind of the activation as a type.
+template <class Body>
+KDKERNELS_INLINE void with_kind(ActivationKind kind, const Body& body) {
+  switch (kind) {
+    case ActivationKind::clamp:
+      return body(std::integral_constant<ActivationKind, ActivationKind::clamp>());
+    case ActivationKind::silu:
+      return body(std::integral_constant<ActivationKind, ActivationKind::silu>());
+    case ActivationKind::hardswish:
+      return body(std::integral_constant<ActivationKind, ActivationKind::hardswish>());
+    default:
+      return body(std::integral_constant<ActivationKind, ActivationKind::leaky_relu>());
+  }
+}
+
+// Calls rows(item, kind, V(), T()), or planes(item, channel, first sample, last sample, kind, V(), T()).
+template <class Rows, class Planes>
+KDKERNELS_INLINE void for_each_item(const BatchNormActCall& call, int64_t begin, int64_t end, const Rows& rows,
+                                    const Planes& planes) {
+  with_vectors<KDKERNELS_VECTOR_BYTES>(call.storage, [&](auto vector, auto type) {
+    with_kind(call.activation.kind, [&](auto kind) {
+      for (int64_t item = begin; item < end; ++item) {
+        if (call.rows) {
+          rows(item, kind, vector, type);
+        } else {
+          const int64_t first = item / call.channels * call.group;
+          planes(item, item % call.channels, first, std::min(first + call.group, call.samples), kind, vector, type);
+        }
+      }
+    });
+  });
+}
+
+void batch_norm_act_forward(const BatchNormActCall& call, int64_t begin, int64_t end) {
+  for_each_item(
+      call, begin, end,
+      [&](int64_t item, auto kind, auto vector, auto type) {
+        rows_forward<kind.value, decltype(vector), decltype(type)>(call, item);
+      },
+      [&](int64_t item, int64_t channel, int64_t first, int64_t last, auto kind, auto vector, auto type) {
+        call.partial[item] = plane_forward<kind.value, decltype(vector), decltype(type)>(call, channel, first, last);
+      });
+}
+
+void batch_norm_act_backward(const BatchNormActCall& call, int64_t begin, int64_t end) {
+  for_each_item(
+      call, begin, end,
+      [&](int64_t item, auto kind, auto vector, auto type) {
+        rows_backward<kind.value, decltype(vector), decltype(type)>(call, item);
+      },
+      [&](int64_t, int64_t channel, int64_t first, int64_t last, auto kind, auto vector, auto type) {
+        plane_backward<kind.value, decltype(vector), decltype(type)>(call, channel, first, last);
+      });
+}
+
+}  // namespace kdkernels::cpu::KDKERNELS_CAPABILITY

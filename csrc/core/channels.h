@@ -1,0 +1,25 @@
+// Tensors [N, C, ...] as kernels see them. No torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "core/value.h"
+
+namespace kdkernels {
+
+// A tensor [N, C, ...] as rows of channels (channels_last, and 2-d) or as planes of one channel each
+struct ChannelTensor {
+  void* data = nullptr;
+  int64_t sample_stride = 0, channel_stride = 0;  // of planes
+  int64_t row_stride = 0;                         // of rows
+};
+
+template <class T>
+KDKERNELS_INLINE T* at(const ChannelTensor& tensor, int64_t offset) {
+  return tensor.data == nullptr ? nullptr : static_cast<T*>(tensor.data) + offset;
+}
+KDKERNELS_INLINE int64_t plane_offset(const ChannelTensor& tensor, int64_t sample, int64_t channel) {
+  return sample * tensor.sample_stride + channel * tensor.channel_stride;
+}
+
+}  // namespace kdkernels
