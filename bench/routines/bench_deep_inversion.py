@@ -6,7 +6,8 @@ the teacher's forward, and its backward to the images.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from bench.ops import suite
 from bench.routines.contest import ONLY_IN_FULL, TOLERANCES, CifarResNet, Contender, check_and_race, with_statistics
 from bench.routines.published_inversion import PublishedInversion, Terms, draw_augmentation
-from kdkernels.inversion import DeepInversion, InversionConfig
-from kdkernels.inversion.deep_inversion import learning_rate_at
+from kdkernels.inversion import DeepInversion, InversionConfig, Stage
+from kdkernels.inversion._augmentation import positions_of
 from kdkernels.testing.comparison import COMPILE, relative_error
 
 EXACT = 1e-9  # tolerance for the loss and the images' gradient in fp64
 FLOOR = "network alone"
+SEED_OF_AUGMENTATION = 1
+ITERATIONS = 20_000  # more than are timed
 
 
 @dataclass(frozen=True)
@@ -46,36 +49,22 @@ FULL = [
 
 
 class OurIteration:
-    """The loop body of ``DeepInversion.synthesize``, one iteration per call; use it inside ``watching``."""
+    """The loop of ``DeepInversion.synthesize``, one iteration per call; use it inside ``watching``."""
 
-    def __init__(self, inverter: DeepInversion, images: Tensor, labels: Tensor, *, compiled: bool = False) -> None:
-        self.inverter, self.config, self.labels = inverter, inverter.config, labels
-        self.images = images.detach().clone().requires_grad_()
-        self.optimizer = torch.optim.Adam([self.images], lr=self.config.learning_rate, betas=self.config.betas)
-        self.best_loss, self.best_images = torch.full((), float("inf")), self.images.detach().clone()
-        self.watching = inverter._watching
-        self.compiled = torch.compile(inverter._terms, dynamic=False) if compiled else None
-        self.done = 0
+    def __init__(self, inverter: DeepInversion, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        self.inverter, self.images, self.labels, self.generator = inverter, images, labels, generator
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with self.inverter.loop(self.labels, images=self.images, generator=self.generator) as self.loop:
+            yield
 
     def loss_terms(self, images: Tensor, labels: Tensor, offsets: tuple[int, int], flip: bool) -> Terms:
-        if self.compiled is None:
-            return self.inverter._terms(images, labels, 1, offsets, flip)
-        # The augmentation is not compiled, as in the published code: each roll would be a new graph for the compiler.
-        augmented = torch.roll(images, offsets, (2, 3))
-        return self.compiled(augmented.flip(3) if flip else augmented, labels, 1, (0, 0), False)
+        positions = positions_of(*images.shape[2:], offsets, flip, images.device)
+        return {"loss": self.loop.objective(images, labels, 1, positions).loss}
 
-    def iteration(self, offsets: tuple[int, int], flip: bool) -> None:
-        iterations = self.config.stages[0].iterations
-        self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.config, self.done, iterations)
-        loss = self.loss_terms(self.images, self.labels, offsets, flip)["loss"]
-        (self.images.grad,) = torch.autograd.grad(loss, self.images)
-        if self.config.keep == "best":
-            better = loss.detach() < self.best_loss
-            self.best_loss = torch.where(better, loss.detach(), self.best_loss)
-            self.best_images = torch.where(better, self.images.detach(), self.best_images)
-        self.optimizer.step()
-        self.inverter._clip(self.images)
-        self.done += 1
+    def iteration(self) -> None:
+        self.loop.step()
 
 
 def network_of(case: Case) -> nn.Module:
@@ -98,8 +87,8 @@ def results_of(
 
 
 def stepping(config: InversionConfig, iteration: Callable[..., object]) -> Callable[[], None]:
-    """Return a step with a randomly drawn augmentation, the same for all contenders."""
-    generator = torch.Generator().manual_seed(1)
+    """Return a step with a randomly drawn augmentation, the same for all contenders and for our loop."""
+    generator = torch.Generator().manual_seed(SEED_OF_AUGMENTATION)
     return lambda: iteration(*draw_augmentation(config, generator))
 
 
@@ -108,21 +97,21 @@ def test_iteration(race, full, case):
         pytest.skip(f"needs a machine with {case.memory >> 30} GB of memory")
     teacher = network_of(case)
     torch._dynamo.reset()
-    config = replace(InversionConfig.preset(case.preset), flip=0.5)
+    config = replace(InversionConfig.preset(case.preset), flip=0.5, stages=(Stage(ITERATIONS),))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.shape, generator=generator)
     labels = torch.randint(0, 10, case.shape[:1], generator=generator)
     example = (labels, (1, -2), True)
     exact = copy.deepcopy(teacher).double()
     truth = results_of(PublishedInversion(exact, config).loss_terms, images.double(), *example)
-    wide = OurIteration(DeepInversion(exact, case.shape[1:], config), images.double(), labels)
+    wide = OurIteration(DeepInversion(exact, case.shape[1:], config), images.double(), labels, torch.Generator())
     with wide.watching():
         gap = relative_error(results_of(wide.loss_terms, images.double(), *example), truth)
     assert gap <= EXACT, f"ours and the published iteration differ by {gap:.1e} in fp64"
 
     def ours(compiled: bool = False) -> OurIteration:
-        inverter = DeepInversion(copy.deepcopy(teacher), case.shape[1:], config)
-        return OurIteration(inverter, images, labels, compiled=compiled)
+        inverter = DeepInversion(copy.deepcopy(teacher), case.shape[1:], config, compile=compiled)
+        return OurIteration(inverter, images, labels, torch.Generator().manual_seed(SEED_OF_AUGMENTATION))
 
     def published(freeze: bool = True, compile_mode: str | None = None) -> PublishedInversion:
         runner = PublishedInversion(teacher, config, freeze=freeze, compile_mode=compile_mode)
@@ -139,7 +128,7 @@ def test_iteration(race, full, case):
         runners["kdkernels, compiled"] = compiled
     contenders = {
         name: Contender(
-            stepping(config, runner.iteration),
+            runner.iteration if isinstance(runner, OurIteration) else stepping(config, runner.iteration),
             results=partial(results_of, runner.loss_terms, images, *example),
             compiled="compile" in name,
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdkernels.inversion import InversionConfig
-from kdkernels.inversion.deep_inversion import learning_rate_at
+from kdkernels.inversion._loop import learning_rate_at
 
 Terms = dict[str, Tensor]
 

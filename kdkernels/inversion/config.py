@@ -11,7 +11,7 @@ Compete = Literal["js", "nvlabs", "datafree"]
 Schedule = Literal["constant", "warmup_cosine"]
 L2Norm = Literal["image", "batch"]
 PriorOf = Literal["augmented", "plain"]
-Keep = Literal["last", "best"]
+Keep = Literal["last", "best", "best_per_image"]
 _CHOICES = {
     "schedule": get_args(Schedule), "mode": get_args(Mode), "moment": get_args(Moment), "l2_norm": get_args(L2Norm),
     "prior_of": get_args(PriorOf), "compete": get_args(Compete), "keep": get_args(Keep),

@@ -11,7 +11,7 @@ from torch import nn
 from bench.routines import bench_data_free, bench_distillation
 from bench.routines.bench_deep_inversion import OurIteration, stepping
 from bench.routines.contest import CifarResNet, Contender, check_and_race, with_statistics
-from bench.routines.published_inversion import PublishedInversion, draw_augmentation, total_variation
+from bench.routines.published_inversion import PublishedInversion, total_variation
 from kdkernels.inversion import PRESETS, DeepInversion, InversionConfig, Stage
 from kdkernels.models import SmallCNN
 
@@ -179,11 +179,13 @@ def test_the_timed_iteration_is_that_of_the_package(keep):
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(4, *SHAPE[1:], generator=generator)
     before = state_of(teacher)
-    ours = OurIteration(DeepInversion(teacher, SHAPE[1:], config), images, labels)
+    ours = OurIteration(DeepInversion(teacher, SHAPE[1:], config), images, labels, generator)
     with ours.watching():
         for _ in range(config.stages[0].iterations):
-            ours.iteration(*draw_augmentation(config, generator))
-    assert torch.equal(ours.best_images if keep == "best" else ours.images.detach(), expected.images)
+            ours.iteration()
+        found = ours.loop.result()
+    assert torch.equal(found.images, expected.images)
+    assert found.history == expected.history
     assert_as_before(teacher, before)
 
 

@@ -32,7 +32,7 @@ def test_synthesis_is_seeded_and_leaves_the_networks_unchanged():
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
     assert torch.equal(first.labels, labels)
-    assert set(first.history) == {"cross_entropy", "features", "tv_l2", "l2", "compete", "loss"}
+    assert set(first.history) == {"cross_entropy", "features", "tv_l2", "l2", "compete", "loss", "compete_dead"}
     assert all(len(values) == 7 for values in first.history.values())
     for model, state in zip((teacher, student), before, strict=True):
         assert model.training
@@ -189,28 +189,35 @@ def test_a_scripted_network_without_the_feature_term():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("how", ["network", "autocast"])
+@pytest.mark.parametrize("how", ["network", "autocast", "argument"])
 def test_images_of_a_16_bit_network_are_close_to_those_of_fp32(digits_teacher, dtype, how):
-    """The images are fp32, and come 95 % of the way that those of fp32 come, measured with the network in fp32."""
+    """The images are fp32, and come 95 % of the way that those of fp32 come, measured with the network in fp32.
+
+    The mean of three seeds, because the last loss of one depends on rounding, in fp32 too, by some percent of the way.
+    """
     config = replace(PRESETS["digits"].with_iterations(60), jitter=0)
     labels = torch.arange(40) % 10
+    measure = DeepInversion(digits_teacher, (1, 8, 8), config)
 
-    def synthesize(teacher):
-        inverter = DeepInversion(teacher, (1, 8, 8), config)
-        return inverter.synthesize(labels, generator=torch.Generator().manual_seed(0))
+    def reached(teacher, **execution):
+        inverter, losses = DeepInversion(teacher, (1, 8, 8), config, **execution), []
+        for seed in range(3):
+            images = inverter.synthesize(labels, generator=torch.Generator().manual_seed(seed)).images
+            assert images.dtype == torch.float32
+            assert images.isfinite().all()
+            losses.append(measure.objective(images, labels)["loss"].item())
+        return sum(losses) / 3
 
-    expected = synthesize(digits_teacher)
+    in_fp32 = reached(digits_teacher)
     if how == "network":
-        found = synthesize(copy.deepcopy(digits_teacher).to(dtype))
+        found = reached(copy.deepcopy(digits_teacher).to(dtype))
+    elif how == "argument":
+        found = reached(digits_teacher, autocast={torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype])
     else:
         with torch.autocast("cpu", dtype):
-            found = synthesize(digits_teacher)
-    assert found.images.dtype == torch.float32
-    assert found.images.isfinite().all()
-    measure = DeepInversion(digits_teacher, (1, 8, 8), config)
+            found = reached(digits_teacher)
     start = measure.objective(torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), labels)["loss"]
-    reached, in_fp32 = (measure.objective(result.images, labels)["loss"] for result in (found, expected))
-    assert reached < in_fp32 + 0.05 * (start - in_fp32)
+    assert found < in_fp32 + 0.05 * (start - in_fp32)
 
 
 def test_a_double_network_gives_double_images():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from networks import hooked_loss, trained_like
 
 from kdkernels.inversion import PRESETS, DeepInversion, InversionConfig
-from kdkernels.inversion.deep_inversion import learning_rate_at
+from kdkernels.inversion._loop import learning_rate_at
 from kdkernels.models import SmallCNN
 
 F64 = torch.float64
