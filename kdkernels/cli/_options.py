@@ -3,16 +3,20 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 from torch import nn
 
+from kdkernels._memory_format import MEMORY_FORMATS as ACCEPTED
 from kdkernels._networks import check_finite
 from kdkernels.checkpoints import load_weights
 from kdkernels.cli._model_loading import load_model
-from kdkernels.inversion import PRESETS, InversionConfig
+from kdkernels.inversion import PRESETS, Execution, InversionConfig
+from kdkernels.inversion._network import Autocast
+from kdkernels.inversion.config import Keep
 
+MEMORY_FORMATS = {str(memory_format).removeprefix("torch."): memory_format for memory_format in ACCEPTED}
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -57,8 +61,20 @@ def add_inversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iterations", type=positive, help="iterations per batch, over all stages (default: the preset's)"
     )
+    parser.add_argument(
+        "--keep", choices=get_args(Keep), help="images to return: see InversionConfig (default: the preset's)"
+    )
     parser.add_argument("--mean", type=float, nargs="+", help="mean of the teacher's normalization, one per channel")
     parser.add_argument("--std", type=float, nargs="+", help="deviation of that normalization, one per channel")
+    parser.add_argument(
+        "--memory-format", choices=("auto", *MEMORY_FORMATS), default="auto",
+        help="memory format of the networks: auto takes channels_last on a CPU (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--autocast", choices=get_args(Autocast),
+        help="compute the networks in 16 bits; auto takes bf16 where the device has instructions for it (default: not)",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="run the networks through torch.compile")
     parser.add_argument("--seed", type=random_seed, default=0, help="default: 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument(
@@ -122,6 +138,16 @@ def network(name: str, arguments: str, checkpoint: Path | None, pretrained: bool
     return model
 
 
+def execution(options: argparse.Namespace) -> Execution:
+    """Return how the synthesis runs."""
+    memory_format = options.memory_format
+    return {
+        "memory_format": MEMORY_FORMATS.get(memory_format, "auto"),
+        "autocast": options.autocast,
+        "compile": options.compile,
+    }
+
+
 def inversion_config(options: argparse.Namespace) -> InversionConfig:
     """Return the preset with the changes that the options ask for.
 
@@ -142,6 +168,8 @@ def inversion_config(options: argparse.Namespace) -> InversionConfig:
             f"the normalization has {len(config.mean)} means and {len(config.std)} deviations, but --image-shape "
             f"{channels} channels; give --mean and --std with one value per channel"
         )
+    if options.keep is not None:
+        config = replace(config, keep=options.keep)
     if options.batch_size is not None:
         config = replace(config, batch_size=options.batch_size)
     return config if options.iterations is None else config.with_iterations(options.iterations)

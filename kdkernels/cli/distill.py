@@ -10,6 +10,7 @@ from kdkernels.cli._options import (
     add_inversion,
     add_model,
     device,
+    execution,
     inversion_config,
     network,
     positive,
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         config=config,
         seed=options.seed,
         folder=options.output,
+        **execution(options),
     )
     folder = options.output
     save_grid(folder / "grid.png", pool.images, pool.labels, mean=inversion.mean, std=inversion.std)

@@ -7,7 +7,15 @@ from math import prod
 from kdkernels._files import require_safetensors, write_json
 from kdkernels._networks import placement
 from kdkernels._run_folder import describe, require_space, run_folder
-from kdkernels.cli._options import Commands, add_inversion, add_model, inversion_config, positive, trained_model
+from kdkernels.cli._options import (
+    Commands,
+    add_inversion,
+    add_model,
+    execution,
+    inversion_config,
+    positive,
+    trained_model,
+)
 from kdkernels.cli._pictures import report_missing_packages, save_curves, save_grid
 from kdkernels.distillation import ImagePool, accuracy
 from kdkernels.distillation.synthesis import synthesize_batch
@@ -29,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     require_safetensors()
     report_missing_packages()
     config, shape = inversion_config(options), tuple(options.image_shape)
-    inverter = DeepInversion(trained_model(options), shape, config)
+    inverter = DeepInversion(trained_model(options), shape, config, **execution(options))
     classes = _classes(options.classes, inverter.num_classes)
     settings = {
         "command": "invert",
@@ -38,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "classes": classes,
         "inversion": {name: value for name, value in asdict(config).items() if name != "source"},
+        "execution": inverter.describe_execution(),
     }
     with run_folder(options.output, settings, device=placement(inverter.teacher)[0]) as folder:
         pool = ImagePool(folder)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import cos, inf, pi, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from kdkernels.distillation._rehearsal import check_networks, rehearse
 from kdkernels.distillation.distill import accuracy, distill
 from kdkernels.distillation.pool import ImagePool
 from kdkernels.distillation.synthesis import synthesize_batch
-from kdkernels.inversion import DeepInversion, InversionConfig
+from kdkernels.inversion import DeepInversion, Execution, InversionConfig
 from kdkernels.ops._checks import check_integer, check_number
 
 
@@ -74,6 +74,7 @@ def data_free_distill(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
     on_round: Callable[[int, nn.Module], None] | None = None,
+    **execution: Unpack[Execution],
 ) -> tuple[ImagePool, dict[str, list[float]]]:
     """Train a student from a trained teacher alone.
 
@@ -99,6 +100,8 @@ def data_free_distill(
         progress: Whether to show progress bars, and after each batch the share of its images that the teacher
             recognizes.
         on_round: Function called after every round with its number and the student.
+        execution: How the synthesis runs: ``memory_format``, ``autocast``, ``compile`` and ``cuda_graph`` of
+            :class:`DeepInversion`.
 
     Returns:
         The pool of images, and the history: ``"loss"`` and ``"learning_rate"`` of the student's training, one value per
@@ -115,7 +118,7 @@ def data_free_distill(
 
     """
     check_integer("seed", seed)
-    inverter = DeepInversion(teacher, image_shape, inversion)
+    inverter = DeepInversion(teacher, image_shape, inversion, **execution)
     _check(inverter, student, num_classes, config)
     loop = _Loop(inverter, student, config, seed, progress, on_round)
     check_networks(student, teacher, loop.optimizer)
@@ -129,6 +132,7 @@ def data_free_distill(
         "image_shape": list(image_shape),
         "seed": seed,
         "inversion": {name: value for name, value in asdict(inversion).items() if name != "source"},
+        "execution": inverter.describe_execution(),
         "config": asdict(config),
     }
     may_grow = {"config.rounds"} if config.rounds > 1 else {"config.epochs"}
@@ -181,7 +185,7 @@ class _Loop:
         missing = [index for index in batches if index not in pool]
         inverter = self.inverter
         if missing and self.config.adaptive and number > 0:
-            inverter = DeepInversion(inverter.teacher, inverter.image_shape, inverter.config, student=self.student)
+            inverter = inverter.against(self.student)
         for index in missing:
             result, _ = synthesize_batch(inverter, index, seed=self.seed, progress=self.progress)
             pool.add(result.images, result.labels, index=index)
@@ -237,7 +241,7 @@ def _check(inverter: DeepInversion, student: nn.Module, num_classes: int, config
             f"the student returns {found} classes, but the teacher returns {num_classes}; build a student with as many"
         )
     if config.adaptive and config.rounds > 1:  # the student takes part in the synthesis, at every size of its images
-        DeepInversion(inverter.teacher, inverter.image_shape, inverter.config, student=student)
+        inverter.against(student)
     counts = [config.batches * inverter.config.batch_size * (number + 1) for number in range(config.rounds)]
     sizes = {size for count in counts for size in (min(count, config.batch_size), count % config.batch_size) if size}
     image = torch.randn(1, *inverter.image_shape, generator=torch.Generator().manual_seed(0))

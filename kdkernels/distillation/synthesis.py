@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from kdkernels.distillation.distill import accuracy
 from kdkernels.inversion import DeepInversion, InversionConfig, Synthesis
+from kdkernels.inversion._loop import DEAD
 
 WEIGHTS = {"features": "feature_weight", "compete": "compete_weight"}  # of the terms not called like their weight
+NO_TERMS = {"loss", DEAD}
 DROWNED = 100.0
 FEW = 0.5
 
@@ -70,7 +72,7 @@ def synthesize_batch(
 
 def drowned(history: Mapping[str, Sequence[float]], share: float) -> str | None:
     """Say which term of the loss keeps the teacher from recognizing the images; None if none does."""
-    last = {name: abs(values[-1]) for name, values in history.items() if name != "loss"}
+    last = {name: abs(values[-1]) for name, values in history.items() if name not in NO_TERMS}
     if share >= FEW or "cross_entropy" not in last:
         return None
     cross_entropy = last.pop("cross_entropy")

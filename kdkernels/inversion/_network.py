@@ -26,7 +26,9 @@ class Execution(TypedDict, total=False):
     cuda_graph: bool | Literal["auto"]
 
 
-def autocast_dtype(autocast: Autocast | None, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+def autocast_dtype(
+    autocast: Autocast | None, device: torch.device, dtype: torch.dtype, role: str = "network"
+) -> torch.dtype | None:
     """Return the dtype of autocast for a network of that dtype; None for no autocast of its own.
 
     Raises:
@@ -40,8 +42,7 @@ def autocast_dtype(autocast: Autocast | None, device: torch.device, dtype: torch
         return torch.bfloat16 if dtype == torch.float32 and _computes_in_bf16(device) else None
     if dtype != torch.float32:
         raise ValueError(
-            f"autocast is {autocast!r}, but the network is in {dtype}; expected a network in torch.float32, or "
-            "autocast=None"
+            f"autocast is {autocast!r}, but the {role} is in {dtype}; expected torch.float32, or autocast=None"
         )
     return DTYPES[autocast]
 
@@ -93,7 +94,7 @@ class Network:
         check_finite(model, role)
         self.model, self.role = model, role
         self.device, self.dtype = placement(model)
-        self.autocast = autocast_dtype(autocast, self.device, self.dtype)
+        self.autocast = autocast_dtype(autocast, self.device, self.dtype, role)
         with self._autocasting():
             self.num_classes = max(count_classes(model, shape, role) for shape in image_shapes)
         self.memory_format = self._chosen(memory_format, image_shapes)

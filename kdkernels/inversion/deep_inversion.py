@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,19 @@ class DeepInversion:
         self._objective = Objective(config, networks[0], networks[1] if student is not None else None)
         if cuda_graph is True and networks[0].device.type != "cuda":
             raise ValueError(f"cuda_graph is True, but teacher is on {networks[0].device}; use cuda_graph='auto'")
+
+    def against(self, student: nn.Module) -> Self:
+        """Return the adaptive form of this object, with the same settings and another student."""
+        return type(self)(self.teacher, self.image_shape, self.config, student=student, **self.execution)
+
+    def describe_execution(self) -> dict[str, str | bool | None]:
+        """Return what decides the result of how it runs, as plain values for the record of a run."""
+        autocast = self._objective.teacher.autocast
+        return {
+            "memory_format": str(self.execution["memory_format"]),
+            "autocast": None if autocast is None else str(autocast),
+            "compile": self.execution["compile"],
+        }
 
     def objective(
         self,

@@ -76,6 +76,36 @@ def test_invert_writes_images_and_pictures(tmp_path, teacher, capsys):
     assert "other settings: seed was 0 and is 1;" in capsys.readouterr().err
 
 
+RECORDED = {"memory_format": str(torch.contiguous_format), "autocast": "torch.bfloat16", "compile": True}
+
+
+def test_how_a_synthesis_runs_is_part_of_its_settings(tmp_path, teacher, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    options = ["--autocast", "bf16", "--compile", "--memory-format", "contiguous_format", "--keep", "best_per_image"]
+    command = ["invert", *teacher, *SHORT, "--output", str(tmp_path / "images")]
+    assert cli.main([*command, *options]) == 0
+    assert compiled == [{"dynamic": False}]
+    recorded = json.loads((tmp_path / "images/settings.json").read_text())["settings"]
+    assert recorded["execution"] == RECORDED
+    assert recorded["inversion"]["keep"] == "best_per_image"
+    assert cli.main([*command, *options]) == 0
+    capsys.readouterr()
+    assert cli.main([*command, *options[2:]]) == 2
+    assert "other settings: execution.autocast was 'torch.bfloat16' and is not set;" in capsys.readouterr().err
+
+
+def test_options_of_the_synthesis_reach_both_rounds_of_a_distillation(tmp_path, teacher, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    student = ["--student-model", "kdkernels.models:SmallCNN", "--student-model-args", '{"width": 3}']
+    loop = ["--rounds", "2", "--batches", "1", "--epochs", "1", "--output", str(tmp_path / "run")]
+    options = ["--autocast", "bf16", "--compile", "--memory-format", "contiguous_format"]
+    assert cli.main(["distill", *teacher, *student, *SHORT, *loop, *options]) == 0
+    assert json.loads((tmp_path / "run/settings.json").read_text())["settings"]["execution"] == RECORDED
+    assert [function.__code__.co_name.split("_")[0] for function in compiled] == ["teacher", "teacher"]
+
+
 def test_interrupted_invert_resumes(tmp_path, teacher):
     def command(folder):
         options = ["--image-shape", "1", "8", "8", "--preset", "digits", "--iterations", "300", "--batches", "3"]

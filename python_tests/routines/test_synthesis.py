@@ -55,6 +55,7 @@ def test_a_term_that_drowns_the_others_is_named():
     assert drowned({**history, "features": [0.0, 0.0], "tv_l2": [0.0, 5000.0]}, 0.0).endswith("a smaller tv_l2")
     assert drowned({**history, "features": [0.0, 0.0], "compete": [0.0, -5e3]}, 0.0).endswith("compete_weight")
     assert drowned({"features": [1e9], "loss": [1e9]}, 0.0) is None
+    assert drowned({"cross_entropy": [1e-3], "compete_dead": [1.0], "loss": [1e-3]}, 0.0) is None
 
 
 def test_large_activations_are_warned_of():
