@@ -133,7 +133,7 @@ class Network:
             dtype = images.dtype if torch.is_autocast_enabled(self.device.type) else self.dtype
             input = images.to(self.device, dtype, memory_format=self.memory_format)
             logits: Tensor = self._compiled_for(input.shape)(input) if self.compile else self.model(input)
-        return logits.to(images.dtype)
+        return logits.to(images.device, images.dtype)
 
     def _compiled_for(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
         if shape not in self._compiled:

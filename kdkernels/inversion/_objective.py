@@ -56,7 +56,11 @@ class Objective:
         self.statistics: BatchNormStatistics | None = None
         self._layer_weights: list[float] | None = None
         if config.feature_weight != 0:
-            self.statistics = BatchNormStatistics(teacher.model, mode=config.mode, moment=config.moment)
+            self.statistics = BatchNormStatistics(
+                teacher.model, mode=config.mode, moment=config.moment, reduction=config.reduction,
+                mean_weight=config.mean_weight, var_weight=config.var_weight, unbiased=config.unbiased,
+                over=config.over,
+            )  # fmt: skip
             if config.first_layer_weight != 1:
                 self._layer_weights = [config.first_layer_weight] + [1.0] * (len(self.statistics.layers) - 1)
         weights = {
@@ -109,7 +113,8 @@ class Objective:
         if config.ce_weight != 0:
             values["cross_entropy"] = F.cross_entropy(logits, labels)
         if self.statistics is not None:
-            values["features"] = self.statistics.loss(self._layer_weights)
+            classes = labels if config.over == "class" else None
+            values["features"] = self.statistics.loss(self._layer_weights, labels=classes)
         of_prior = images if config.prior_of == "plain" else augmented
         values |= self._priors(of_prior)
         student_logits = share = None

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Literal, Self, get_args
 
-from kdkernels.ops._checks import check_choice, check_integer, check_number
-from kdkernels.ops._types import Mode, Moment
+from kdkernels.inversion._moments import Over
+from kdkernels.ops._checks import check_choice, check_integer, check_number, checked_distance
+from kdkernels.ops._types import ChannelReduction, Mode, Moment
 
 Compete = Literal["js", "nvlabs", "datafree"]
 Schedule = Literal["constant", "warmup_cosine"]
@@ -14,7 +15,7 @@ PriorOf = Literal["augmented", "plain"]
 Keep = Literal["last", "best", "best_per_image"]
 _CHOICES = {
     "schedule": get_args(Schedule), "mode": get_args(Mode), "moment": get_args(Moment), "l2_norm": get_args(L2Norm),
-    "prior_of": get_args(PriorOf), "compete": get_args(Compete), "keep": get_args(Keep),
+    "prior_of": get_args(PriorOf), "compete": get_args(Compete), "keep": get_args(Keep), "over": get_args(Over),
 }  # fmt: skip
 _WEIGHTS = ("ce_weight", "feature_weight", "first_layer_weight", "tv_l1", "tv_l2", "l2", "compete_weight")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,6 +57,12 @@ class InversionConfig:
             the other layers have weight 1.
         mode: Distance in the BatchNorm term; see :class:`BatchNormStatistics`.
         moment: Second moment compared in the BatchNorm term; see :class:`BatchNormStatistics`.
+        reduction: Reduction over the channels of a layer in the BatchNorm term; see :class:`BatchNormStatistics`.
+        mean_weight: Weight of the mean's part of the BatchNorm term.
+        var_weight: Weight of the other part of the BatchNorm term.
+        unbiased: Whether the variance of the images is divided by n - 1.
+        over: What the statistics of the images are taken over: the ``"batch"``, each ``"image"``, or the images of each
+            ``"class"`` in the batch, which are those of a label; see :class:`BatchNormStatistics`.
         tv_l1: Weight of the total variation in the l1 norm.
         tv_l2: Weight of the total variation in the l2 norm.
         l2: Weight of the images' l2 norm.
@@ -67,7 +74,10 @@ class InversionConfig:
         jitter: Largest number of pixels by which the batch is rolled in each direction, once per iteration.
         flip: Probability of flipping the whole batch.
         clip: Whether to keep every channel in the range of real pixels; needs ``mean`` and ``std``.
-        keep: Returned images: those of the ``"last"`` iteration, or of the ``"best"`` loss in the last stage. The best
+        keep: Returned images: those of the ``"last"`` iteration; of the ``"best"`` loss in the last stage; or
+            ``"best_per_image"``, each image of the iteration of that stage in which its own loss was lowest. That is
+            the loss with the cross-entropy, the competition and, for ``l2_norm="image"``, the l2 norm of this image in
+            place of their means over the images; the other terms, which belong to the batch, are as they are. The best
             images are those whose loss was computed; the published code takes them one optimizer step later.
         mean: Mean of each channel in the teacher's normalization.
         std: Standard deviation of each channel in the teacher's normalization.
@@ -85,6 +95,11 @@ class InversionConfig:
     first_layer_weight: float = 1.0
     mode: Mode = "l2"
     moment: Moment = "var"
+    reduction: ChannelReduction | None = None
+    mean_weight: float = 1.0
+    var_weight: float = 1.0
+    unbiased: bool = False
+    over: Over = "batch"
     tv_l1: float = 0.0
     tv_l2: float = 0.0
     l2: float = 0.0
@@ -112,6 +127,7 @@ class InversionConfig:
             check_integer("pool of a stage", stage.pool, minimum=1)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        checked_distance(self.mode, self.moment, self.reduction, self.mean_weight, self.var_weight)
         check_integer("batch_size", self.batch_size, minimum=1)
         check_integer("jitter", self.jitter, minimum=0)
         for name in ("learning_rate", "flip", *_WEIGHTS):

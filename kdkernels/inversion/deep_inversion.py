@@ -146,7 +146,7 @@ class DeepInversion:
     ) -> dict[str, Tensor]:
         """Return the l2 norm of the images' gradient of each weighted term of the loss, and of their sum ``"loss"``.
 
-        They show which term decides where the images go. Each takes a backward of its own.
+        They show which term decides where the images go. Each takes a forward and a backward of its own.
 
         Args:
             images: Shape [B, C, H, W].
@@ -156,15 +156,15 @@ class DeepInversion:
             flip: See :meth:`objective`.
 
         """
+        norms = {}
         with torch.inference_mode(False), torch.enable_grad(), self._objective.ready():
             images = images.detach().clone().requires_grad_()
-            terms = self._named(self._evaluate(images, labels, pool, shift, flip))
-            with compiler_errors_explained(self.execution["compile"]):
-                gradients = {
-                    name: torch.autograd.grad(term, images, retain_graph=True, allow_unused=True)[0]
-                    for name, term in terms.items()
-                }
-            return {name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()}
+            for name in [*self._objective.names, "loss"]:
+                # Another forward for each, because compiled code gives the memory of a graph away in its backward.
+                term = self._named(self._evaluate(images, labels, pool, shift, flip))[name]
+                with compiler_errors_explained(self.execution["compile"]):
+                    norms[name] = torch.linalg.vector_norm(torch.autograd.grad(term, images)[0])
+        return norms
 
     def _evaluate(self, images: Tensor, labels: Tensor, pool: int, shift: tuple[int, int], flip: bool) -> Evaluation:
         positions = None

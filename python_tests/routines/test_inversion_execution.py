@@ -281,6 +281,10 @@ def test_the_inductor():
     expected, found = (one.synthesize(torch.arange(4), generator=seeded()) for one in inverters)
     assert found.history["loss"] == pytest.approx(expected.history["loss"], rel=1e-5)
     torch.testing.assert_close(found.images, expected.images, rtol=1e-3, atol=1e-3)
+    images = torch.randn(4, 3, 12, 10)
+    eager, compiled = (one.gradient_norms(images, torch.arange(4)) for one in inverters)
+    for name, norm in eager.items():
+        assert compiled[name].item() == pytest.approx(norm.item(), rel=1e-4), name
 
 
 def test_a_failure_of_the_compiler_is_one_sentence(monkeypatch):
