@@ -130,6 +130,10 @@ class DeepInversion:
             shift: Pixels by which the pooled batch is rolled down and to the right.
             flip: Whether to flip the batch left to right.
 
+        Raises:
+            TypeError: If pool or an offset is not an integer.
+            ValueError: If a shape is another, or shift does not have two offsets.
+
         """
         with self._objective.ready():
             evaluation = self._evaluate(images, labels, pool, shift, flip)
@@ -155,6 +159,9 @@ class DeepInversion:
             shift: See :meth:`objective`.
             flip: See :meth:`objective`.
 
+        Raises:
+            TypeError, ValueError: See :meth:`objective`.
+
         """
         norms = {}
         with torch.inference_mode(False), torch.enable_grad(), self._objective.ready():
@@ -167,8 +174,18 @@ class DeepInversion:
         return norms
 
     def _evaluate(self, images: Tensor, labels: Tensor, pool: int, shift: tuple[int, int], flip: bool) -> Evaluation:
+        check_integer("pool", pool, minimum=1)
+        if images.dim() != 4 or labels.shape != images.shape[:1] or min(images.shape[2:]) < pool:
+            raise ValueError(
+                f"images have the shape {list(images.shape)} and labels {list(labels.shape)}; expected [B, C, H, W] "
+                f"and [B], with images as large as pool={pool} or larger"
+            )
+        if not isinstance(shift, (tuple, list)) or len(shift) != 2:
+            raise ValueError(f"shift is {shift!r}; expected the pixels down and to the right, such as (1, -2)")
+        for offset in shift:
+            check_integer("an offset of shift", offset)
         positions = None
-        if shift != (0, 0) or flip:
+        if any(shift) or flip:
             height, width = (size // pool for size in images.shape[2:])
             positions = positions_of(height, width, shift, flip, images.device)
         with compiler_errors_explained(self.execution["compile"]):
@@ -228,8 +245,11 @@ class DeepInversion:
             raise TypeError(f"generator is {generator!r}; expected torch.Generator().manual_seed(seed)")
         teacher = self._objective.teacher
         with torch.inference_mode(False), torch.enable_grad(), self._objective.ready():
+            shape = len(labels), *self.image_shape
             if images is None:
-                images = torch.randn(len(labels), *self.image_shape, generator=generator, dtype=torch.float32)
+                images = torch.randn(shape, generator=generator, dtype=torch.float32)
+            elif images.shape != shape:
+                raise ValueError(f"images have the shape {list(images.shape)}; expected {list(shape)}")
             dtype = torch.float64 if teacher.dtype == torch.float64 else torch.float32
             images = images.detach().to(teacher.device, dtype, copy=True, memory_format=torch.contiguous_format)
             scaled = torch.float16 in (teacher.dtype, teacher.autocast or self._callers_autocast())
