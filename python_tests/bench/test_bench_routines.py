@@ -24,8 +24,8 @@ CONFIG = InversionConfig(
 CONFIGS = {
     "all terms": CONFIG,
     "norm of the batch": replace(CONFIG, l2_norm="batch", clip=False),
-    "nvlabs-cifar10": PRESETS["nvlabs-cifar10"],
-    "nvlabs-imagenet-1": PRESETS["nvlabs-imagenet-1"],
+    # In the published code the priors see the augmented images; the student's term is not part of it.
+    **{name: replace(preset, stages=(Stage(5),), prior_of="augmented", clip=False) for name, preset in PRESETS.items()},
 }
 
 
@@ -74,10 +74,11 @@ def assert_as_before(model, before):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("offsets", "flip"), [((0, 0), False), ((2, -3), False), ((-1, 1), True)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_published_terms_equal_ours(name, offsets, flip, dtype):
+def test_published_terms_equal_ours(name, memory_format, offsets, flip, dtype):
     config, teacher, (images, labels) = CONFIGS[name], teacher_of(dtype), batch_of(dtype)
-    ours = DeepInversion(teacher, SHAPE[1:], config)
+    ours = DeepInversion(teacher, SHAPE[1:], config, memory_format=memory_format)
     expected, expected_gradient = loss_and_gradient(ours.objective, images, labels, shift=offsets, flip=flip)
     published = PublishedInversion(teacher, config)
     terms, gradient = loss_and_gradient(published.loss_terms, images, labels, offsets, flip)
@@ -85,7 +86,9 @@ def test_published_terms_equal_ours(name, offsets, flip, dtype):
     for term, value in expected.items():
         assert terms[term] == pytest.approx(value, rel=bound), term
     assert all(terms[term] == 0 for term in set(terms) - set(expected))
-    assert (gradient - expected_gradient).norm() <= 10 * bound * expected_gradient.norm()
+    # In fp32 rounding flips the sign of some inputs to ReLU.
+    bound = 1e-4 if dtype == torch.float32 else 1e-12
+    assert (gradient - expected_gradient).norm() <= bound * expected_gradient.norm()
 
 
 def test_terms_of_two_pixels_by_hand():
