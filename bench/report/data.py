@@ -103,9 +103,9 @@ class Row(Benchmark):
 
     @property
     def rivals(self) -> dict[str, Ratio]:
-        """The ratios except those of other builds of our code, and of a floor, which is part of every contender."""
-        floor = self.info.get("floor")
-        return {name: ratio for name, ratio in self.ratios.items() if name != floor and not name.startswith(OURS)}
+        """The ratios except those of other builds of our code, and of floors, which do only a part of the work."""
+        floors = self.info.get("floors") or [self.info.get("floor")]
+        return {name: ratio for name, ratio in self.ratios.items() if name not in floors and not name.startswith(OURS)}
 
     @property
     def better_compile(self) -> str | None:

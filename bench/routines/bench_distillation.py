@@ -92,5 +92,5 @@ def test_training_step(race, case):
     contenders[FLOOR] = Contender(Training(student, no_loss, images, logits, labels).step)
     check_and_race(
         race, contenders, truth, TOLERANCES[case.model], op="distillation", function="training step of a student",
-        shape=list(case.shape), variant=f"{case.model}, {case.num_classes} classes", floor=FLOOR,
+        shape=list(case.shape), variant=f"{case.model}, {case.num_classes} classes", floors=[FLOOR],
     )  # fmt: skip
