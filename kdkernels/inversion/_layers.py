@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+# Where a module whose class is replaced for a while keeps the forward that its own class has
+FORWARD = "_forward_without_fusion"
 At = Literal["input", "output"]
 Layers = Iterable[str] | type | UnionType | tuple[type, ...] | Callable[[str, nn.Module], bool]
 _FORWARDS = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # BatchNorm2d and 3d inherit that of 1d
@@ -31,7 +33,7 @@ def find_layers(model: nn.Module, layers: Layers | None, at: At) -> dict[str, nn
         )
     found, others = {}, []
     for name, module in model.named_modules():
-        if _keeps_statistics(module) and (at == "input" or _is_affine(module)):
+        if _keeps_statistics(module) and (at == "input" or is_affine(module)):
             found[name] = module
         elif _looks_like_one(module):
             others.append(f"{name} ({type(module).__name__})")
@@ -75,9 +77,10 @@ def _looks_like_one(module: nn.Module) -> bool:
     )
 
 
-def _is_affine(module: nn.Module) -> bool:
+def is_affine(module: nn.Module) -> bool:
     """Tell whether the output of a layer is known to be an affine function of its input, not an activation of one."""
-    return isinstance(module, _BatchNorm) and type(module).forward in _FORWARDS
+    forward = getattr(type(module), FORWARD, type(module).forward)
+    return isinstance(module, _BatchNorm) and forward in _FORWARDS
 
 
 def _chosen(found: dict[str, nn.Module], layers: Layers) -> dict[str, nn.Module]:

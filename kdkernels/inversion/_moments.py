@@ -23,6 +23,20 @@ class Reported(NamedTuple):
         return cls("batch" if over == "batch" else "image", unbiased and over != "class")
 
 
+def check_values(activation: Tensor, reported: Reported, layer: str) -> None:
+    """Raise unless each image has the values that its statistics need."""
+    if reported.statistics == "batch":
+        return
+    values = activation[:1, :1].numel() if activation.shape[0] and activation.shape[1] else 0
+    needed = 2 if reported.unbiased else 1
+    if values < needed:
+        raise ValueError(
+            f"layer {layer} got an activation of shape {list(activation.shape)}, which has {values} values for each "
+            f"image and channel; {'the unbiased' if reported.unbiased else 'a'} variance needs at least {needed}. "
+            "Leave the layer out with layers=" + (", or use unbiased=False" if reported.unbiased else "")
+        )
+
+
 def tap(activation: Tensor, reported: Reported, layer: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return an activation for the network to continue with, and its statistics, [C] or [N, C].
 
@@ -37,15 +51,8 @@ def tap(activation: Tensor, reported: Reported, layer: str) -> tuple[Tensor, Ten
     """
     if reported.statistics == "batch":
         return batch_norm_tap(activation, unbiased=reported.unbiased)
+    check_values(activation, reported, layer)
     images, channels, *positions = activation.shape
-    values = activation[:1, :1].numel() if images and channels else 0
-    needed = 2 if reported.unbiased else 1
-    if values < needed:
-        raise ValueError(
-            f"layer {layer} got an activation of shape {list(activation.shape)}, which has {values} values for each "
-            f"image and channel; {'the unbiased' if reported.unbiased else 'a'} variance needs at least {needed}. "
-            "Leave the layer out with layers=" + (", or use unbiased=False" if reported.unbiased else "")
-        )
     # The channels of all images are those of one.
     one = (1, images * channels, *positions)
     if activation.is_contiguous():

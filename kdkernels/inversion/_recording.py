@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdkernels._networks import frozen
 from kdkernels.inversion._forwards import Forward, Record, Replicas, is_replica, lock, number_of
+from kdkernels.inversion._fusion import Compute, Fusion
 from kdkernels.inversion._layers import At
 from kdkernels.inversion._moments import Reported, tap
 from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined
@@ -26,6 +27,7 @@ class Recording:
         uses: Uses of a layer that count.
         at: Whether the statistics are those of the layers' inputs or outputs.
         freeze: Whether to hold the network in eval mode with frozen parameters.
+        fuse: Whether to fuse layers with their statistics and with what follows them, where that can be done.
 
     Attributes:
         latest: The latest forward.
@@ -41,6 +43,7 @@ class Recording:
         uses: Literal["all", "last"],
         at: At,
         freeze: bool,
+        fuse: bool,
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -48,12 +51,17 @@ class Recording:
         self.uses = uses
         self.at: At = at
         self.freeze = freeze
+        self.fuse = fuse
         self._modules = list(layers.values())
         self._channels = [len(module.running_mean) for module in self._modules]  # type: ignore[arg-type]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replicas = Replicas(self._modules)
         self._frozen = frozen(model) if freeze else nullcontext()
+        self._fusion: Fusion | None = None
         self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_fusion": None}  # it is of this network, and made when it is needed
 
     def start(self) -> None:
         """Watch the network from now on."""
@@ -61,6 +69,13 @@ class Recording:
             raise RuntimeError("this BatchNormStatistics is already active; create another one")
         self._reset()
         self._frozen.__enter__()
+        try:
+            self._watch()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _watch(self) -> None:
         self._replicas.renew()
         self._replicas.number()
         # Functions, because a copy of the network would copy this object with its methods.
@@ -70,7 +85,10 @@ class Recording:
                 lambda module, arguments, output: self._leave(module, output), always_call=True
             ),
         ]
+        fused = self._start_fusion()
         for index, module in enumerate(self._modules):
+            if index in fused:
+                continue
             if self.at == "input":
                 handle = module.register_forward_pre_hook(self._before(index), with_kwargs=True)
             else:
@@ -82,14 +100,56 @@ class Recording:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._fusion is not None:
+            self._fusion.stop()
         self._replicas.remove()
         self._reset()
         self._frozen.__exit__(None, None, None)
 
+    def _start_fusion(self) -> set[int]:
+        """Replace what can be fused, and return the numbers of the layers that need no tap."""
+        if self._why_not_fused() is not None:
+            return set()
+        if self._fusion is None:
+            self._fusion = Fusion(
+                self.model,
+                dict(zip(self.layers, self._modules, strict=True)),
+                record=self._recorded,
+                tap=self._tapped_arguments,
+                aside=self._aside,
+                reported=self.reported,
+            )
+        return self._fusion.start()
+
+    def _why_not_fused(self) -> str | None:
+        if not self.fuse:
+            return "fuse=False"
+        if self.at == "output":
+            return "at='output' compares what the layers return"
+        return None if self.freeze else "freeze=False leaves the network trainable, and fused layers train nothing"
+
+    def describe(self) -> str:
+        """Return what is fused, and why not more."""
+        why = self._why_not_fused()
+        if why is not None:
+            return f"Nothing is fused: {why}."
+        return "Nothing is fused outside the with block." if self._fusion is None else self._fusion.describe()
+
     def _reset(self) -> None:
+        self._is_trial = False
         self.latest = Forward(known=False)
         self._depth = 0  # of calls of the network inside one another
         self.recomputation = Recomputation(self.layers)
+
+    @contextmanager
+    def _aside(self) -> Iterator[list[Record]]:
+        """Keep what is recorded in the block apart from the latest forward."""
+        latest, depth = self.latest, self._depth
+        self.latest, self._depth, self._is_trial = Forward(known=True), 1, True
+        try:
+            yield self.latest.records
+        finally:
+            self.latest, self._depth, self._is_trial = latest, depth, False
 
     def read(self) -> list[Record]:
         """Return the records of the latest forward that count, one of each use of a layer.
@@ -132,15 +192,17 @@ class Recording:
             self.latest.ended = self._depth == 0
 
     def _before(self, index: int) -> Any:
-        def tap(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            if arguments:
-                return (self._tapped(index, module, arguments[0]), *arguments[1:]), keywords
-            name = next((name for name, value in keywords.items() if isinstance(value, Tensor)), None)
-            if name is None:
-                raise ValueError(f"layer {self.layers[index]} was called without a tensor; expected its input")
-            return arguments, {**keywords, name: self._tapped(index, module, keywords[name])}
+        return lambda module, arguments, keywords: self._tapped_arguments(index, module, arguments, keywords)
 
-        return tap
+    def _tapped_arguments(
+        self, index: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if arguments:
+            return (self._tapped(index, module, arguments[0]), *arguments[1:]), keywords
+        name = next((name for name, value in keywords.items() if isinstance(value, Tensor)), None)
+        if name is None:
+            raise ValueError(f"layer {self.layers[index]} was called without a tensor; expected its input")
+        return arguments, {**keywords, name: self._tapped(index, module, keywords[name])}
 
     def _after(self, index: int) -> Any:
         def tap(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -171,21 +233,29 @@ class Recording:
             return None if mark is None else self.latest
 
     def _tapped(self, index: int, module: nn.Module, activation: Tensor) -> Tensor:
-        """Record the statistics of an activation and return it, with their gradients joined to its own."""
+        """Return an activation whose statistics are recorded, with their gradients joined to its own."""
+        output = self._recorded(index, module, activation, lambda: tap(activation, self.reported, self.layers[index]))
+        return activation if output is None else output
+
+    def _recorded(self, index: int, module: nn.Module, activation: Tensor, compute: Compute) -> Tensor | None:
+        """Record the statistics of an activation, which are computed with an output, and return the output.
+
+        Return None if the module is a copy of the layer; nothing is computed then.
+        """
         forward = self._forward_of(index, module)
         if forward is None:
-            return activation
+            return None
         channels = self._channels[index]
         if activation.dim() < 2 or activation.shape[1] != channels:
             raise ValueError(
                 f"layer {self.layers[index]} got an activation of shape {list(activation.shape)}; expected [N, C, ...] "
                 f"with C = {channels}. Leave it out with layers="
             )
-        output, mean, var = tap(activation, self.reported, self.layers[index])
+        output, mean, var = compute()
         if in_backward():
             grads = self.recomputation.take(index, mean) if torch.is_grad_enabled() else None
             return output if grads is None else joined(output, mean, var, *grads)
-        if in_first_run():
+        if in_first_run() and not self._is_trial:
             mean, var = self.recomputation.leave(index, mean, var)
         if torch.compiler.is_compiling() and forward.with_grad and not torch.is_grad_enabled():
             forward.compiled_without_grad = True

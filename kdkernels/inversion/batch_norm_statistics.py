@@ -20,9 +20,11 @@ from kdkernels.ops._types import ChannelReduction, Mode, Moment
 class BatchNormStatistics:
     r"""Context manager that compares the statistics of a network's BatchNorm layers with their running statistics.
 
-    Inside the context, every BatchNorm layer reports the mean and variance of its input, computed in one pass whose
-    backward is fused into the network's (:func:`kdkernels.functional.batch_norm_tap`). :meth:`loss` sums their
-    distances from the running statistics:
+    Inside the context, every BatchNorm layer reports the mean and variance of its input. They are computed in the
+    layer's own pass over it, together with the addition and the activation that follow, where these are found
+    (:func:`kdkernels.functional.batch_norm_act_stats`), and otherwise in a pass whose backward is fused into the
+    network's (:func:`kdkernels.functional.batch_norm_tap`). :meth:`loss` sums their distances from the running
+    statistics:
 
     .. math:: R = \sum_l w_l \bigl(\lVert \mu_l - m_l \rVert_2 + \lVert v_l - r_l \rVert_2\bigr)
 
@@ -37,6 +39,12 @@ class BatchNormStatistics:
 
     The parts of a batch in ``DataParallel`` are merged. Activation checkpointing of both kinds is supported if the
     backward runs inside the ``with`` block; with ``use_reentrant=True`` it must be one backward of output and loss.
+
+    What follows a layer is found in the graph that ``torch.fx`` makes of the network, or of the largest of its parts
+    that have one. A graph is used after its output and statistics agreed with the network's own, for the first input of
+    each kind of call, up to half of the digits; both are run for that without gradients, and leave no trace. Where
+    there is no graph, a layer is still fused with its statistics. ``torch.compile`` uses the graphs that eager calls in
+    the ``with`` block have found. :meth:`describe` says what was found.
 
     What is known of published recipes without a complete preset: SRe2L (arXiv 2306.13092) weights the loss by 0.01 and
     the first layer by 10, ``0.01 * statistics.loss([10.0] + [1.0] * (len(statistics.layers) - 1))``; federated
@@ -70,6 +78,8 @@ class BatchNormStatistics:
             (running_var + eps). Outputs are those of torch's own layers in eval mode, and are copied.
         freeze: Whether to hold the network in eval mode with frozen parameters. Otherwise it is left as it is and
             gradients reach the parameters; the running statistics are those from before the layer's forward.
+        fuse: ``"auto"``, or False to run the network's own layers and tap their inputs. Only frozen networks are fused,
+            and only for ``at="input"``.
 
     Attributes:
         layers: Names of the layers in the order of ``model.modules()``, which is also the order of the weights.
@@ -82,8 +92,8 @@ class BatchNormStatistics:
     Warns:
         UserWarning: If modules that look like a BatchNorm layer are not counted; it names them.
 
-    On exit the network is what it was before: modes, through its own ``train()`` and ``eval()``, parameters, buffers
-    and hooks. Source: Yin et al., "Dreaming to Distill", arXiv 1912.08795.
+    On exit the network is what it was before: modes, through its own ``train()`` and ``eval()``, parameters, buffers,
+    hooks and classes. Source: Yin et al., "Dreaming to Distill", arXiv 1912.08795.
 
     Example:
         >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -113,9 +123,12 @@ class BatchNormStatistics:
         uses: Literal["all", "last"] = "all",
         at: At = "input",
         freeze: bool = True,
+        fuse: Literal["auto", False] = "auto",
     ) -> None:
         check_choice("uses", uses, ("all", "last"))
         check_choice("at", at, ("input", "output"))
+        if fuse != "auto" and fuse is not False:
+            raise ValueError(f"fuse is {fuse!r}; accepted are 'auto' and False")
         self.model = model
         self.mode: Mode = mode
         self.moment: Moment = moment
@@ -124,6 +137,7 @@ class BatchNormStatistics:
         self.uses = uses
         self.at: At = at
         self.freeze = freeze
+        self.fuse = fuse
         found = find_layers(model, layers, at)
         self.layers = list(found)
         self._distances = Distances(
@@ -144,7 +158,9 @@ class BatchNormStatistics:
         )
         self._weights = Numbers()
         reported = Reported.for_comparison(over, unbiased)
-        self._recording = Recording(model, found, reported=reported, uses=uses, at=at, freeze=freeze)
+        self._recording = Recording(
+            model, found, reported=reported, uses=uses, at=at, freeze=freeze, fuse=fuse == "auto"
+        )
 
     def __enter__(self) -> Self:
         self._recording.start()
@@ -162,6 +178,13 @@ class BatchNormStatistics:
         """Mark what runs inside the ``with`` block as one forward, for a network that is not run by calling it."""
         with self._recording.forward():
             yield
+
+    def describe(self) -> str:
+        """Return a text that says, for each layer, what it is fused with, what it is not fused with, and why.
+
+        What is found in the graph of the network is known after the first forward in the ``with`` block.
+        """
+        return self._recording.describe()
 
     def losses(self, *, labels: Tensor | None = None) -> dict[LayerUse, Tensor]:
         """Return the distance of each use of a layer in the latest forward, in the order in which they ran.

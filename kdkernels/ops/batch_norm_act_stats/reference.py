@@ -25,7 +25,7 @@ def _slope(x: Tensor, activation: str, negative_slope: float) -> Tensor:
     if activation == "relu6":
         return ((x > 0) & (x < 6)).to(x.dtype)
     if activation == "leaky_relu":
-        return torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+        return torch.where(x > 0, torch.ones_like(x), negative_slope)
     if activation == "silu":
         sigmoid = x.sigmoid()
         return sigmoid * (1 + x * (1 - sigmoid))
