@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from fusable import NETWORKS, VGG, EfficientNet, ResNet, Wrapped, batch, conv, leaves, made, parts_of, result_of, same
 from networks import trained_like
-from test_statistics_in_parts import Parallel
+from test_statistics_of_replicas import Parallel
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
