@@ -64,7 +64,8 @@ def fuse(
             found.reasons.setdefault(index, []).append(pattern.why)
         if pattern.last is node:
             continue
-        with graph.inserting_before(pattern.last):
+        # As early as its inputs are there, so that layers run in the order in which they did
+        with graph.inserting_before(pattern.add or node):
             layer = graph.create_node("get_attr", node.target)
             inputs = [layer, node.args[0], *([] if pattern.residual is None else [pattern.residual])]
             call = graph.call_function(make(index, pattern.activation, number), tuple(inputs))
@@ -85,6 +86,7 @@ class _Pattern:
 
     Attributes:
         last: Node whose value the whole has.
+        add: Node that adds the residual.
         rest: Nodes after the layer.
         why: Why no more of them.
 
@@ -93,6 +95,7 @@ class _Pattern:
     last: fx.Node
     activation: Activation = IDENTITY
     residual: fx.Node | None = None
+    add: fx.Node | None = None
     rest: list[fx.Node] = field(default_factory=list)
     why: str | None = None
 
@@ -158,11 +161,12 @@ class _Search(Nodes):
             # The derivative of the activation would be taken from an output that is no longer there.
             pattern.why = "the activation after the addition is changed in place"
             activation, rest, last = IDENTITY, [*path, add], add
-        why = self.why_not_until(last, layer, other, set(rest))
+        why = self.why_not_until(add, layer, other, path)
         if why is not None:
             pattern.why = why
             return
-        pattern.last, pattern.rest, pattern.residual, pattern.activation = last, rest, other, activation
+        pattern.last, pattern.rest, pattern.activation = last, rest, activation
+        pattern.residual, pattern.add = other, add
 
     def layer_before(self, node: fx.Node) -> fx.Node | None:
         """Return the layer whose output, used once, a value is."""
@@ -174,10 +178,10 @@ class _Search(Nodes):
             node = node.all_input_nodes[0]
         return None
 
-    def why_not_until(self, last: fx.Node, layer: fx.Node, residual: fx.Node, own: set[fx.Node]) -> str | None:
-        """Return why a layer may not run as late as ``last``."""
+    def why_not_until(self, add: fx.Node, layer: fx.Node, residual: fx.Node, own: list[fx.Node]) -> str | None:
+        """Return why a layer may not run as late as the addition."""
         between = layer.next
-        while between is not last:
+        while between is not add:
             if between not in own:
                 module = self.module_of(between)
                 if module in self.watched or between.target in self.containers:

@@ -28,6 +28,7 @@ class Layer:
             something else, or it is not known yet.
         decided: Whether it is known.
         replaceable: Whether the layer may get another forward.
+        tried: The attributes that a layer had when it was tried, which what it does depends on.
         why: Why the layer cannot be fused; None if it can.
 
     """
@@ -45,6 +46,7 @@ class Layer:
         self.why = why
         self.replaceable = why is None
         self.decided = why is not None or is_affine(module)
+        self.tried: dict[str, int] = {}
         self.activation: Activation | None = IDENTITY if why is None and is_affine(module) else None
         self.kind = with_forward(module, lambda module, *args, **kwargs: self.run(module, args, kwargs))
 
@@ -57,6 +59,8 @@ class Layer:
         if len(args) + len(kwargs) == 1:
             (input,) = args or kwargs.values()
         if isinstance(input, Tensor):
+            if self.tried and not torch.compiler.is_compiling() and _public(self.module) != self.tried:
+                self.decided, self.activation, self.tried = False, None, {}
             if not self.decided and fusion.can_decide(module, (input,)) and not module.training:
                 self._decide(module, input)
             if not fusion.plain and self.activation is not None and self.is_fit(module, input):
@@ -107,13 +111,18 @@ class Layer:
         """Find out what the layer does by trying it."""
         parameters = module.running_mean, module.running_var, *self._affine(module)
         shape = (input.shape[1],) if input.dim() > 1 else ()
-        self.decided = True
+        self.decided, self.tried = True, _public(module)
         self.why = "is not one of torch's layers, and does something else than they do and a known activation"
         if not all(p is None or (isinstance(p, Tensor) and p.shape == shape) for p in parameters):
             return
         attributes = Attributes(module.modules())
         buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-        activation = activation_in(module, lambda x: self.forward(module, x), input)
+        activation = None
+        try:
+            activation = activation_in(module, lambda x: self.forward(module, x), input)
+        # It may fail in any way on numbers that it was not made for; if it fails on its input, the call raises it.
+        except Exception as error:
+            self.why = f"fails when it is tried on other numbers ({type(error).__name__}: {error})"
         changed = attributes.restored()
         for buffer, values in buffers:
             if not torch.equal(buffer, values):
@@ -123,3 +132,9 @@ class Layer:
             self.why = "changes its attributes"
         elif activation is not None:
             self.activation, self.why = activation, None
+
+
+def _public(module: nn.Module) -> dict[str, int]:
+    """Return the identities of a module's own attributes and children."""
+    attributes = {name: id(value) for name, value in vars(module).items() if not name.startswith("_")}
+    return attributes | {name: id(child) for name, child in module._modules.items()}

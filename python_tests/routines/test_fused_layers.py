@@ -1,5 +1,7 @@
 """Layers that are not torch's own, and run together with their statistics where they do the same."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,6 +91,13 @@ class Counting(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class Careful(nn.BatchNorm2d):
+    def forward(self, x):
+        if x.abs().max() > 6:
+            raise OverflowError("too large")
+        return super().forward(x)
+
+
 class WithMask(nn.BatchNorm2d):
     def forward(self, x, mask=None):
         y = super().forward(x)
@@ -110,6 +119,7 @@ class WithMask(nn.BatchNorm2d):
         (Detached, "tapped, because it is not one of torch's layers"),
         (Counting, "tapped, because it changes its attributes"),
         (WithMask, "BatchNorm alone"),
+        (Careful, "tapped, because it fails when it is tried on other numbers (OverflowError: too large)"),
         (nn.SyncBatchNorm, "BatchNorm alone"),
         (lambda c: nn.BatchNorm2d(c, affine=False), "BatchNorm alone"),
     ],
@@ -166,3 +176,13 @@ def test_parametrized_layers_are_tapped():
     parts = parts_of(same(model))
     assert parts["bn1"] == "tapped, because it is parametrized"
     assert parts["layer1.0.bn1"] == "BatchNorm + ReLU"
+
+
+def test_an_activation_that_is_replaced_inside():
+    model, x = nn.Sequential(conv(3, 4), BatchNormAct2d(4)).double().eval(), batch()
+    with BatchNormStatistics(model) as statistics:
+        for activation in (nn.ReLU(), nn.SiLU(), nn.GELU(), nn.ReLU6()):
+            model[1].act = activation
+            for _ in range(2):
+                torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=1e-11, atol=1e-12)
+    assert parts_of(statistics.describe())["1"] == "BatchNorm + ReLU6"

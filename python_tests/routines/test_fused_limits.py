@@ -89,7 +89,7 @@ def twice(m, x):
 @pytest.mark.parametrize(
     ("function", "bn", "why"),
     [
-        (late_change, "BatchNorm alone", "relu may change|in place"),
+        (late_change, "BatchNorm + add + ReLU", ""),
         (change_of_the_residual, "BatchNorm alone", "may change its input or the residual in place"),
         (change_of_a_view, "BatchNorm alone", "may change its input or the residual in place"),
         (change_by_a_module, "BatchNorm alone", "may change its input or the residual in place"),
@@ -122,12 +122,28 @@ def test_what_follows_a_layer(function, bn, why):
     assert re.search(why, text), text
 
 
+def interleaved(m, x):
+    y = m.bn(x)
+    z = m.other(x.sin()).relu()
+    x.mul_(2.0)
+    return y.relu() * z + m.bn(x.cos()).relu_()
+
+
 def test_order_of_the_records():
     """Layers report in the order in which they run without fusion."""
     model = wrapped(lambda m, x: F.relu(m.bn(x) + F.relu(m.other(m.bn(x).sin()))) + m.bn(x.cos()).relu())
     same(model)
     same(model, uses="last")
     same(made(ResNet))
+    with BatchNormStatistics(wrapped(interleaved)) as statistics, torch.no_grad():
+        statistics.model(batch())
+        assert list(statistics.losses()) == [("bn", 0), ("other", 0), ("bn", 1)]
+        assert "traced; it" in statistics.describe()
+        assert parts_of(statistics.describe())["other"] == "BatchNorm + ReLU"
+        losses = statistics.losses()
+    with BatchNormStatistics(wrapped(interleaved), fuse=False) as statistics, torch.no_grad():
+        statistics.model(batch())
+        torch.testing.assert_close(losses, statistics.losses(), rtol=1e-11, atol=1e-12)
 
 
 # Forwards whose graph would do something else
