@@ -109,7 +109,7 @@ class Fusion:
             why = why_opaque(module)
             if why is None:
                 self.containers[module] = Container(self, name, module)
-            elif not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            elif type(module).forward is not nn.Module.forward:  # as that of a list of modules is
                 self.opaque[name] = why
 
     def through(self, module: nn.Module) -> set[nn.Module]:
