@@ -158,6 +158,8 @@ class Fusion:
             errors = [found.error for found in container.forwards.values() if isinstance(found, FusedForward)]
             if errors:
                 lines.append(f"{name}: traced; it differs from its own output by {max(errors):.1e} (relative)")
+            if not container.forwards and container.refused is None and container.module is self.model:
+                lines.append(f"{name}: not traced yet, because {container.waits}")
             reasons = [why for why in container.forwards.values() if isinstance(why, str) and why != container.refused]
             lines += [f"{name}: not traced, because {why}" for why in dict.fromkeys(reasons)]
         lines += [f"{name or 'the network'}: not traced, because it {why}" for name, why in self.opaque.items()]

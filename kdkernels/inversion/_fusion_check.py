@@ -110,6 +110,11 @@ def activation_in(module: Any, forward: Callable[[Tensor], Any], input: Tensor) 
     It is found by values and gradients, on the input and on one that is normalized to numbers from -8 to 8, which tell
     the activations apart.
     """
+    with torch.inference_mode(False), torch.enable_grad():
+        return _activation_in(module, forward, input)
+
+
+def _activation_in(module: Any, forward: Callable[[Tensor], Any], input: Tensor) -> Activation | None:
     shape = (1, -1, *[1] * (input.dim() - 2))
     mean, var, weight, bias = (
         values.detach().float().view(shape) if isinstance(values, Tensor) else torch.tensor(default)
@@ -125,15 +130,14 @@ def activation_in(module: Any, forward: Callable[[Tensor], Any], input: Tensor) 
     spread = torch.where(scale.abs() > 1e-3, (noise - bias) / scale, noise) + mean
     samples = [input.detach().clone(), spread.to(input.dtype)]
     bound = tolerance(module, samples)
-    with torch.enable_grad():
-        expected = [_with_gradient(forward, sample) for sample in samples]
-        if any(pair is None for pair in expected):
-            return None
-        inside = [activation_of(child) for child in module.modules() if child is not module]
-        for candidate in dict.fromkeys([*filter(None, inside), *_CANDIDATES]):
-            found = [_with_gradient(partial(normalized, module, activation=candidate), sample) for sample in samples]
-            if all(_agree(pair, other, bound) for pair, other in zip(found, expected, strict=True)):
-                return candidate
+    expected = [_with_gradient(forward, sample) for sample in samples]
+    if any(pair is None for pair in expected):
+        return None
+    inside = [activation_of(child) for child in module.modules() if child is not module]
+    for candidate in dict.fromkeys([*filter(None, inside), *_CANDIDATES]):
+        found = [_with_gradient(partial(normalized, module, activation=candidate), sample) for sample in samples]
+        if all(_agree(pair, other, bound) for pair, other in zip(found, expected, strict=True)):
+            return candidate
     return None
 
 

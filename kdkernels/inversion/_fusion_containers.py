@@ -96,6 +96,7 @@ class Container:
     Attributes:
         forwards: Fused forwards, or why there is none.
         refused: Why there never is one; empty if the reason is that of a module around it.
+        waits: Why it is not known yet whether there is one.
         reasons: Why single layers are not fused with what follows them, if none is.
 
     """
@@ -110,6 +111,7 @@ class Container:
         self.refused: str | None = None
         self.reasons: dict[int, list[str]] = {}
         self.attempts = 0
+        self.waits = "no call of it outside torch.compile has shown whether it can be"
         self.kind = with_forward(module, lambda module, *args, **kwargs: self.run(module, args, kwargs))
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,6 +146,7 @@ class Container:
             return None
         if fusion.deciding or not fusion.can_decide(module, tensors) or self._is_busy():
             return None
+        self.waits = "the outputs of its first calls were not finite, or it raised"
         decision = self._decide(form, args, kwargs, tensors)
         if decision is None:
             return None
@@ -152,7 +155,13 @@ class Container:
 
     def _is_busy(self) -> bool:
         """Tell whether the module is in a state that has no fused forward, and that may pass."""
-        return any(module.training for module in self.module.modules()) or bool(_has_any_global_hook())
+        if any(module.training for module in self.module.modules()):
+            self.waits = "a module inside is in train mode"
+        elif _has_any_global_hook():
+            self.waits = "there are hooks for all modules"
+        else:
+            return False
+        return True
 
     def _decide(
         self, form: Form, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]

@@ -26,9 +26,11 @@ class Layer:
     Attributes:
         activation: What the layer applies to what it normalizes, which is nothing in torch's own; None if it does
             something else, or it is not known yet.
+        own: Whether it is one of torch's.
         decided: Whether it is known.
         replaceable: Whether the layer may get another forward.
-        tried: The attributes that a layer had when it was tried, which what it does depends on.
+        tried: The attributes that it had when it was tried, which what it does depends on.
+        dtype: The dtype that it was tried in, which that of its output may depend on; None if it need not be tried.
         why: Why the layer cannot be fused; None if it can.
 
     """
@@ -45,9 +47,11 @@ class Layer:
             why = None
         self.why = why
         self.replaceable = why is None
-        self.decided = why is not None or is_affine(module)
+        self.own = is_affine(module)
+        self.decided = why is not None or self.own
         self.tried: dict[str, int] = {}
-        self.activation: Activation | None = IDENTITY if why is None and is_affine(module) else None
+        self.dtype: torch.dtype | None = None
+        self.activation: Activation | None = IDENTITY if why is None and self.own else None
         self.kind = with_forward(module, lambda module, *args, **kwargs: self.run(module, args, kwargs))
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,9 +63,7 @@ class Layer:
         if len(args) + len(kwargs) == 1:
             (input,) = args or kwargs.values()
         if isinstance(input, Tensor):
-            if self.tried and not torch.compiler.is_compiling() and _public(self.module) != self.tried:
-                self.decided, self.activation, self.tried = False, None, {}
-            if not self.decided and fusion.can_decide(module, (input,)) and not module.training:
+            if not self.own and not torch.compiler.is_compiling():
                 self._decide(module, input)
             if not fusion.plain and self.activation is not None and self.is_fit(module, input):
                 output = self.fused(module, input, self.activation)
@@ -72,7 +74,7 @@ class Layer:
 
     def is_fit(self, module: Any, input: Tensor) -> bool:
         """Tell whether the layer is one to fuse in this call: in eval mode, with parameters that get no gradient."""
-        if module.training or not input.dtype.is_floating_point:
+        if module.training or not input.dtype.is_floating_point or self.dtype not in (None, input.dtype):
             return False
         parameters = module.running_mean, module.running_var, *self._affine(module)
         return not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters))
@@ -108,7 +110,12 @@ class Layer:
         return getattr(module, "weight", None), getattr(module, "bias", None)
 
     def _decide(self, module: Any, input: Tensor) -> None:
-        """Find out what the layer does by trying it."""
+        """Find out what the layer does by trying it, unless that is known."""
+        if self.decided and self.dtype is input.dtype and self.tried == _public(self.module):
+            return
+        if module.training or not self.fusion.can_decide(module, (input,)):
+            return
+        self.activation, self.dtype = None, input.dtype
         parameters = module.running_mean, module.running_var, *self._affine(module)
         shape = (input.shape[1],) if input.dim() > 1 else ()
         self.decided, self.tried = True, _public(module)

@@ -186,3 +186,23 @@ def test_an_activation_that_is_replaced_inside():
             for _ in range(2):
                 torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=1e-11, atol=1e-12)
     assert parts_of(statistics.describe())["1"] == "BatchNorm + ReLU6"
+
+
+def test_a_layer_that_is_run_in_two_dtypes():
+    """One of its own kind may return another dtype than its input's, as this one does under autocast."""
+    model, x = nn.Sequential(conv(3, 4), FrozenBatchNorm2d(4)).eval(), batch().detach().float()
+    with BatchNormStatistics(model) as statistics:
+        for _ in range(2):
+            assert torch.equal(model(x), model(x))
+            assert parts_of(statistics.describe())["1"] == "BatchNorm alone"
+            with torch.autocast("cpu", torch.bfloat16):
+                assert model(x).dtype == torch.float32
+                torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=0, atol=0)
+
+
+def test_a_layer_that_is_tried_without_gradients():
+    for mode in (torch.no_grad, torch.inference_mode):
+        model = nn.Sequential(conv(3, 4), BatchNormAct2d(4)).double()
+        with BatchNormStatistics(model) as statistics, mode():
+            model(batch())
+            assert parts_of(statistics.describe())["1"] == "BatchNorm + ReLU"

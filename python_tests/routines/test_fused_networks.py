@@ -254,7 +254,16 @@ def test_descriptions():
     statistics = BatchNormStatistics(model)
     assert statistics.describe() == "Nothing is fused outside the with block."
     with statistics:
+        assert statistics.describe().startswith("the network (ResNet): not traced yet, because no call of it")
         assert "bn1: BatchNorm alone" in statistics.describe()
+        model.layer1.train()
+        model(x)
+        assert "not traced yet, because a module inside is in train mode" in statistics.describe()
+        model.eval()
+        model(x * float("inf"))
+        assert "not traced yet, because the outputs of its first calls were not finite" in statistics.describe()
+        model(x)
+        assert "yet" not in statistics.describe()
     for options, why in (
         ({"fuse": False}, "fuse=False"),
         ({"at": "output"}, "at='output'"),
