@@ -50,8 +50,10 @@ class Op:
                 if torch.compiler.is_dynamo_compiling():
                     _allow_in_graph()
                 return _apply_function(self.name, backend, *arguments)
-            if torch.is_grad_enabled() and not _tracing.is_recorded():
-                return self.applied[backend](*arguments)
+            if not _tracing.is_recorded():
+                if torch.is_grad_enabled():
+                    return self.applied[backend](*arguments)
+                return _without_autograd(self.overloads[backend], arguments)
         return self.overloads[backend](*arguments)
 
     def run_on(self, device: torch.device, *arguments: Any) -> Any:
@@ -95,6 +97,12 @@ def returns(cls: type[tuple[Tensor, ...]]) -> type[tuple[Tensor, ...]]:
     return cls
 
 
+def _without_autograd(overload: Any, arguments: tuple[Any, ...]) -> Any:
+    """Call an overload where autograd records nothing; its registered formula would only pass the call on, in Python."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*arguments)
+
+
 def _apply_function(name: str, backend: str, *arguments: Any) -> Any:
     return _ops[name].functions[backend].apply(*arguments)
 
@@ -122,7 +130,9 @@ def _function(
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return overload(*arguments)
+            if _tracing.is_transformed() or _tracing.is_recorded():
+                return overload(*arguments)
+            return _without_autograd(overload, arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -66,7 +66,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grads == (None, None, None):
+    if all(grad is None for grad in grads):
         return (None,) * 11
     by_input, by_residual = _BACKWARD.run(ctx.backend, *grads, *ctx.saved_tensors, *ctx.options)
     residual: Tensor | None = None
@@ -133,6 +133,9 @@ _BACKWARD = _registry.define(
 )
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _check_input(input: Tensor, by_image: bool, unbiased: bool) -> None:
     _checks.check_floating("input", input)
     if not 2 <= input.dim() <= 5:
@@ -147,6 +150,10 @@ def _check_input(input: Tensor, by_image: bool, unbiased: bool) -> None:
 
 def _checked_parameter(name: str, values: Tensor, input: Tensor) -> Tensor:
     """Return a parameter or a running statistic in the dtype that is computed in."""
+    if type(values) in _PLAIN and values.dtype is compute_dtype(input) and values.device == input.device:
+        ready = values.dim() == 1 and len(values) == input.shape[1] and not values.requires_grad
+        if ready and not values.is_inference():
+            return values  # as in a network, whose layers come here in every forward
     _checks.check_floating(name, values)
     _checks.check_same_device("input", input, name, values)
     if values.shape != (input.shape[1],):
