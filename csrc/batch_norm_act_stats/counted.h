@@ -26,27 +26,33 @@ inline void count_layout(bool channels_last, Storage storage, const std::string&
   arguments.rows = channels_last;
   arguments.input = place(input);
   arguments.activation = activation_of(activation, 0.01);
-  cpu::BatchNormActCall call(arguments);
+  BatchNormActArguments forward = arguments;
+  forward.output = place(result);
+  if (with_residual) forward.residual = place(output);
+  cpu::BatchNormActCall call(forward);
   call.scale = scale.data();
   call.shift = shift.data();
-  std::vector<cpu::BatchNormActCall::Moments> partial(size_t(call.partials()));
+  std::vector<double> partial(size_t(2 * call.parts() * channels));
   call.partial = partial.data();
-  call.output = place(result);
-  if (with_residual) call.residual = place(output);
   const std::string what = ": " + activation + (with_residual ? " of residual" : "") + ", [4, 48, 16, 16]" +
                            std::string(channels_last ? " channels_last, " : ", ") + name_of(storage);
   run_case(
       "batch_norm_act_stats" + what, count, [&] { run_kernel(cpu::avx2::batch_norm_act_forward, call); },
       [&] { return result.magnitude(); });
-  call.output = with_residual ? place(output) : ChannelTensor();
-  call.grad_output = place(grad);
-  call.grad_input = place(result);
-  if (with_residual) call.grad_residual = place(by_residual);
-  call.mean = mean.data();
-  call.constant = constant.data();
-  call.slope = slope.data();
+  arguments.grad_output = place(grad);
+  arguments.grad_input = place(result);
+  if (with_residual) {
+    arguments.output = place(output);
+    arguments.grad_residual = place(by_residual);
+  }
+  cpu::BatchNormActCall backward(arguments);
+  backward.scale = scale.data();
+  backward.shift = shift.data();
+  backward.mean = mean.data();
+  backward.constant = constant.data();
+  backward.slope = slope.data();
   run_case(
-      "batch_norm_act_stats_backward" + what, count, [&] { run_kernel(cpu::avx2::batch_norm_act_backward, call); },
+      "batch_norm_act_stats_backward" + what, count, [&] { run_kernel(cpu::avx2::batch_norm_act_backward, backward); },
       [&] { return result.magnitude(); });
 }
 

@@ -12,14 +12,23 @@
 namespace kdkernels::cpu {
 namespace {
 
-// One number per channel, or per sample and channel, that kernels read in whole vectors
+// One number for each channel of a wide row, or for each sample and channel of one, that kernels read in whole vectors
 template <class S>
-using Numbers = std::vector<S>;
+class Numbers {
+ public:
+  explicit Numbers(const BatchNormActCall& call, int64_t samples = 1)
+      : call_(call), numbers_(size_t(samples * call.wide() + BatchNormActCall::padding)) {}
+  void set(int64_t sample, int64_t channel, double value) {
+    for (int64_t c = channel; c < call_.wide(); c += call_.channels) {
+      numbers_[size_t(sample * call_.wide() + c)] = S(value);
+    }
+  }
+  const void* data() const { return numbers_.data(); }
 
-template <class S>
-Numbers<S> numbers(int64_t count) {
-  return Numbers<S>(size_t(count + BatchNormActCall::padding));
-}
+ private:
+  const BatchNormActCall& call_;
+  std::vector<S> numbers_;
+};
 
 // The value of a parameter for a channel
 template <class S>
@@ -42,30 +51,39 @@ struct Affines {
 
   Affines(BatchNormActCall& call, const Tensor& running_mean, const Tensor& running_var,
           const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps)
-      : scale(numbers<S>(call.channels)), shift(scale) {
+      : scale(call), shift(call) {
     const Parameter<S> means(running_mean, 0), variances(running_var, 0), weights(weight, 1), biases(bias, 0);
     for (int64_t c = 0; c < call.channels; ++c) {
       const math::Affine affine(means[c], variances[c], weights[c], biases[c], eps);
-      scale[size_t(c)] = S(affine.scale);
-      shift[size_t(c)] = S(affine.shift);
+      scale.set(0, c, affine.scale);
+      shift.set(0, c, affine.shift);
     }
     call.scale = scale.data();
     call.shift = shift.data();
   }
 };
 
-// Merges what the items left, by channel or by sample and channel.
+// Merges the parts of the batch, or of each sample, channel by channel; see math::Moments::merge.
 template <class S>
 void write_statistics(const BatchNormActCall& call, Tensor& mean, Tensor& var) {
   S *const means = mean.mutable_data_ptr<S>(), *const variances = var.mutable_data_ptr<S>();
-  for (int64_t n = 0; n < (call.by_image ? call.samples : 1); ++n) {
+  const int64_t sets = call.by_image ? call.samples : 1, parts = sets == 0 ? 0 : call.parts() / sets;
+  for (int64_t set = 0; set < sets; ++set) {
+    double *const merged = call.means_of(set * parts), *const squares = call.squares_of(set * parts);
+    double total = double(call.count_of(set * parts));
+    for (int64_t part = set * parts + 1; part < (set + 1) * parts; ++part) {
+      const double count = double(call.count_of(part)), share = count / (total + count);
+      const double *const other = call.means_of(part), *const others_squares = call.squares_of(part);
+      for (int64_t c = 0; c < call.channels; ++c) {
+        const double distance = other[c] - merged[c];
+        merged[c] += distance * share;
+        squares[c] += others_squares[c] + distance * distance * total * share;
+      }
+      total += count;
+    }
     for (int64_t c = 0; c < call.channels; ++c) {
-      BatchNormActCall::Moments total;
-      const int64_t first = call.by_image ? (call.rows ? n * call.pieces : n) : 0;
-      const int64_t count = call.by_image && !call.rows ? 1 : call.pieces;
-      for (int64_t i = first; i < first + count; ++i) total.merge(call.partial[i * call.channels + c]);
-      means[n * call.channels + c] = S(total.mean);
-      variances[n * call.channels + c] = S(total.variance(call.unbiased));
+      means[set * call.channels + c] = S(merged[c]);
+      variances[set * call.channels + c] = S(squares[c] / (call.unbiased ? total - 1 : total));
     }
   }
 }
@@ -83,11 +101,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_stats(Tensor input, Tensor run
                                                         std::string activation, double negative_slope, bool by_image,
                                                         bool unbiased) {
   BatchNormActTensors tensors(input, new_output(input), activation, negative_slope, by_image, unbiased);
+  tensors.arguments.output = tensors.output();
+  if (residual) tensors.arguments.residual = tensors.readable_like_output(*residual);
   BatchNormActCall call(tensors.arguments);
-  call.output = tensors.output();
-  if (residual) call.residual = tensors.readable_like_output(*residual);
   Tensor mean = new_statistic(input, by_image), var = new_statistic(input, by_image);
-  std::vector<BatchNormActCall::Moments> partial(size_t(call.partials()));
+  std::vector<double> partial(size_t(2 * call.parts() * call.channels));
   call.partial = partial.data();
   dispatch_compute_type(call.storage == Storage::float64, [&](auto type) {
     using S = typename decltype(type)::type;
@@ -106,27 +124,31 @@ std::tuple<Tensor, Tensor> batch_norm_act_stats_backward(std::optional<Tensor> g
                                                          std::optional<Tensor> bias, double eps, std::string activation,
                                                          double negative_slope, bool by_image, bool unbiased) {
   BatchNormActTensors tensors(input, new_output(input), activation, negative_slope, by_image, unbiased);
-  BatchNormActCall call(tensors.arguments);
-  call.grad_input = tensors.output();
-  if (grad_output) call.grad_output = tensors.readable_like_output(*grad_output);
+  BatchNormActArguments& arguments = tensors.arguments;
+  arguments.grad_input = tensors.output();
+  if (grad_output) arguments.grad_output = tensors.readable_like_output(*grad_output);
   std::optional<BatchNormActTensors> of_residual;
   if (output && grad_output) {
-    call.output = tensors.readable_like_output(*output);
+    arguments.output = tensors.readable_like_output(*output);
     of_residual.emplace(input, new_output(input), activation, negative_slope, by_image, unbiased);
-    call.grad_residual = of_residual->output();
+    arguments.grad_residual = of_residual->output();
   }
+  BatchNormActCall call(arguments);
   dispatch_compute_type(call.storage == Storage::float64, [&](auto type) {
     using S = typename decltype(type)::type;
     const Affines<S> affines(call, running_mean, running_var, weight, bias, eps);
-    const int64_t statistics = mean.numel();
-    Numbers<S> means = numbers<S>(statistics), constant = means, slope = means;
+    const int64_t sets = by_image ? call.samples : 1;
+    Numbers<S> means(call, sets), constant(call, sets), slope(call, sets);
     const Parameter<S> given(mean, 0), by_mean(grad_mean, 0), by_variance(grad_var, 0);
-    for (int64_t i = 0; i < statistics; ++i) {
-      const math::StatisticsGradient<double> gradient(by_mean[i], by_variance[i], 0, call.count(),
-                                                      grad_var ? call.divisor() : 1);
-      means[size_t(i)] = S(given[i]);
-      constant[size_t(i)] = S(gradient.constant);
-      slope[size_t(i)] = S(gradient.slope);
+    for (int64_t set = 0; set < sets; ++set) {
+      for (int64_t c = 0; c < call.channels; ++c) {
+        const int64_t i = set * call.channels + c;
+        const math::StatisticsGradient<double> gradient(by_mean[i], by_variance[i], 0, call.count(),
+                                                        grad_var ? call.divisor() : 1);
+        means.set(set, c, given[i]);
+        constant.set(set, c, gradient.constant);
+        slope.set(set, c, gradient.slope);
+      }
     }
     call.mean = means.data();
     call.constant = constant.data();

@@ -12,11 +12,11 @@ namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 // Planes
 
 template <ActivationKind kind, class V, class T>
-BatchNormActCall::Moments plane_forward(const BatchNormActCall& call, int64_t channel, int64_t first, int64_t last) {
+math::Moments<double> plane_forward(const BatchNormActCall& call, int64_t channel, int64_t first, int64_t last) {
   using S = Scalar<V>;
   const V scale = splat_at<V>(call.scale, channel), shift = splat_at<V>(call.shift, channel);
   const math::ActivationOf<kind, V> activation(call.activation);
-  BatchNormActCall::Moments total;
+  math::Moments<double> total;
   for (int64_t start = 0; start < call.plane; start += BatchNormActCall::block_values) {
     const int64_t end = std::min(call.plane, start + BatchNormActCall::block_values);
     // The mean of values from all over the block, so that it is not that of a border alone
@@ -86,25 +86,29 @@ struct RowRange {
   }
 };
 
-// Calls body(first row, last row, first channel, number of channels, width, whole) for blocks of rows that the
-// first-level cache holds, and runs of `width` vectors of channels.
+// Calls body(first row, wide rows, first number, numbers in a vector, width, whole) for blocks of wide rows that the
+// first-level cache holds, and runs of `width` vectors of numbers in them.
 template <class V, class Body>
 KDKERNELS_INLINE void for_each_block(const BatchNormActCall& call, const RowRange& range, const Body& body) {
-  constexpr int width = 4;
-  const int64_t rows = call.block_rows();
-  for (int64_t row = range.first; row < range.last; row += rows) {
-    const int64_t end = std::min(row + rows, range.last);
+  using std::false_type, std::integral_constant, std::true_type;
+  const int64_t wide_rows = (range.last - range.first) / call.copies, numbers = call.wide();
+  for (int64_t wide_row = 0; wide_row < wide_rows; wide_row += call.block_rows()) {
+    const int64_t row = range.first + wide_row * call.copies, here = std::min(call.block_rows(), wide_rows - wide_row);
     int64_t c = 0;
-    for (; c + width * lanes<V> <= call.channels; c += width * lanes<V>) {
-      body(row, end, c, lanes<V>, std::integral_constant<int, width>(), std::true_type());
+    for (; c + 4 * lanes<V> <= numbers; c += 4 * lanes<V>) {
+      body(row, here, c, lanes<V>, integral_constant<int, 4>(), true_type());
     }
-    for (; c + lanes<V> <= call.channels; c += lanes<V>) {
-      body(row, end, c, lanes<V>, std::integral_constant<int, 1>(), std::true_type());
-    }
-    if (c < call.channels) {
-      body(row, end, c, call.channels % lanes<V>, std::integral_constant<int, 1>(), std::false_type());
-    }
+    const int64_t rest = (numbers - c) / lanes<V>;
+    if (rest == 3) body(row, here, c, lanes<V>, integral_constant<int, 3>(), true_type());
+    if (rest == 2) body(row, here, c, lanes<V>, integral_constant<int, 2>(), true_type());
+    if (rest == 1) body(row, here, c, lanes<V>, integral_constant<int, 1>(), true_type());
+    c += rest * lanes<V>;
+    if (c < numbers) body(row, here, c, numbers % lanes<V>, integral_constant<int, 1>(), false_type());
   }
+  const int64_t row = range.first + wide_rows * call.copies, left = (range.last - row) * call.channels;
+  int64_t c = 0;
+  for (; c + lanes<V> <= left; c += lanes<V>) body(row, 1, c, lanes<V>, integral_constant<int, 1>(), true_type());
+  if (c < left) body(row, 1, c, left % lanes<V>, integral_constant<int, 1>(), false_type());
 }
 
 // The mean of each channel in rows from all over the range
@@ -121,22 +125,23 @@ void find_centers(const BatchNormActCall& call, const RowRange& range, Scalar<V>
     }
     store(centers + c, V(sum / S(some)));
   }
+  for (int64_t c = call.channels; c < call.wide(); ++c) centers[c] = centers[c - call.channels];
 }
 
 template <ActivationKind kind, class V, class T>
 void rows_forward(const BatchNormActCall& call, int64_t item) {
   using S = Scalar<V>;
   const RowRange range(call, item);
-  const int64_t padded = call.channels + lanes<V>;
+  const int64_t padded = call.wide() + lanes<V>;
   const Scratch<S> centers(padded);
   const Scratch<double> distances(padded), squares(padded);
   std::fill_n(distances.get(), padded, 0.0);
   std::fill_n(squares.get(), padded, 0.0);
   find_centers<V, T>(call, range, centers.get());
   const math::ActivationOf<kind, V> activation(call.activation);
-  const auto block = [&](int64_t begin, int64_t end, int64_t c, int64_t count, auto vectors, auto whole) {
-    // One vector of channels is summed in several rows at a time, since an addition waits for the one before it.
-    constexpr int width = vectors.value, together = width == 1 && whole.value ? 4 : 1;
+  const auto block = [&](int64_t first, int64_t rows, int64_t c, int64_t count, auto vectors, auto whole) {
+    // Few vectors are summed in several rows at a time, since an addition waits for the one before it.
+    constexpr int width = vectors.value, together = width == 1 ? 4 : width == 2 ? 2 : 1;
     V scale[width], shift[width], center[width];
     Sums<V> sums[together][width];
     for (int w = 0; w < width; ++w) {
@@ -144,7 +149,8 @@ void rows_forward(const BatchNormActCall& call, int64_t item) {
       shift[w] = load_at<V>(call.shift, c + w * lanes<V>);
       center[w] = load<V>(centers.get() + c + w * lanes<V>);
     }
-    const auto add = [&](Sums<V>* to, int64_t row) {
+    const auto add = [&](Sums<V>* to, int64_t wide_row) {
+      const int64_t row = first + wide_row * call.copies;
       const Forward<kind, V, T> numbers{at<const T>(call.input, row * call.input.row_stride + c),
                                         at<const T>(call.residual, row * call.residual.row_stride + c),
                                         at<T>(call.output, row * call.output.row_stride + c)};
@@ -153,21 +159,31 @@ void rows_forward(const BatchNormActCall& call, int64_t item) {
                   center[w]);
       }
     };
-    int64_t row = begin;
-    for (; row + together <= end; row += together) {
-      for (int t = 0; t < together; ++t) add(sums[t], row + t);
+    int64_t row = 0;
+    if constexpr (whole.value) {
+      for (; row + together <= rows; row += together) {
+        for (int t = 0; t < together; ++t) add(sums[t], row + t);
+      }
     }
-    for (; row < end; ++row) add(sums[0], row);
+    for (; row < rows; ++row) add(sums[0], row);
     for (int w = 0; w < width; ++w) {
       for (int t = 1; t < together; ++t) sums[0][w].add(sums[t][w]);
-      add_lanes(distances.get() + c + w * lanes<V>, sums[0][w].distances);
-      add_lanes(squares.get() + c + w * lanes<V>, sums[0][w].squares);
+      const int64_t valid = whole.value ? lanes<V> : count;
+      add_lanes(distances.get() + c + w * lanes<V>, sums[0][w].distances, valid);
+      add_lanes(squares.get() + c + w * lanes<V>, sums[0][w].squares, valid);
     }
   };
   for_each_block<V>(call, range, block);
+  double *const means = call.means_of(item), *const around = call.squares_of(item);
+  const double share = 1 / double(range.last - range.first);
   for (int64_t c = 0; c < call.channels; ++c) {
-    call.partial[item * call.channels + c] =
-        moments_of(double(centers.get()[c]), double(range.last - range.first), distances.get()[c], squares.get()[c]);
+    double sum = 0, sum_of_squares = 0;
+    for (int64_t i = c; i < call.wide(); i += call.channels) {
+      sum += distances.get()[i];
+      sum_of_squares += squares.get()[i];
+    }
+    means[c] = double(centers.get()[c]) + sum * share;
+    around[c] = not_negative(sum_of_squares - sum * sum * share);
   }
 }
 
@@ -175,15 +191,16 @@ template <ActivationKind kind, class V, class T>
 void rows_backward(const BatchNormActCall& call, int64_t item) {
   const RowRange range(call, item);
   const math::ActivationOf<kind, V> activation(call.activation);
-  const auto block = [&](int64_t begin, int64_t end, int64_t c, int64_t count, auto vectors, auto whole) {
+  const auto block = [&](int64_t first, int64_t rows, int64_t c, int64_t count, auto vectors, auto whole) {
     constexpr int width = vectors.value;
     Coefficients<V> coefficients[width];
     for (int w = 0; w < width; ++w) {
-      const int64_t i = c + w * lanes<V>, i_statistic = range.sample * call.channels + i;
+      const int64_t i = c + w * lanes<V>, i_statistic = range.sample * call.wide() + i;
       coefficients[w] = {load_at<V>(call.scale, i), load_at<V>(call.shift, i), load_at<V>(call.mean, i_statistic),
                          load_at<V>(call.constant, i_statistic), load_at<V>(call.slope, i_statistic)};
     }
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t wide_row = 0; wide_row < rows; ++wide_row) {
+      const int64_t row = first + wide_row * call.copies;
       const Backward<kind, V, T> numbers{at<const T>(call.input, row * call.input.row_stride + c),
                                          at<const T>(call.output, row * call.output.row_stride + c),
                                          at<const T>(call.grad_output, row * call.grad_output.row_stride + c),
@@ -237,7 +254,9 @@ void batch_norm_act_forward(const BatchNormActCall& call, int64_t begin, int64_t
         rows_forward<kind.value, decltype(vector), decltype(type)>(call, item);
       },
       [&](int64_t item, int64_t channel, int64_t first, int64_t last, auto kind, auto vector, auto type) {
-        call.partial[item] = plane_forward<kind.value, decltype(vector), decltype(type)>(call, channel, first, last);
+        const auto moments = plane_forward<kind.value, decltype(vector), decltype(type)>(call, channel, first, last);
+        call.means_of(item / call.channels)[channel] = moments.mean;
+        call.squares_of(item / call.channels)[channel] = moments.squares;
       });
 }
 

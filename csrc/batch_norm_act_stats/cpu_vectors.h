@@ -46,17 +46,19 @@ struct Sums {
   }
 };
 
-KDKERNELS_INLINE BatchNormActCall::Moments moments_of(double center, double count, double distances, double squares) {
-  const double around = squares - distances * distances / count;
-  return {count, center + distances / count, around < 0 ? 0 : around};
+// A sum of squares that rounding may have made negative
+KDKERNELS_INLINE double not_negative(double squares) { return squares < 0 ? 0 : squares; }
+
+KDKERNELS_INLINE math::Moments<double> moments_of(double center, double count, double distances, double squares) {
+  return {count, center + distances / count, not_negative(squares - distances * distances / count)};
 }
 
-// Adds the lanes of a vector to numbers in double.
+// Adds the first lanes of a vector to numbers in double.
 template <class V>
-KDKERNELS_INLINE void add_lanes(double* to, V values) {
+KDKERNELS_INLINE void add_lanes(double* to, V values, int64_t valid = lanes<V>) {
   Scalar<V> numbers[lanes<V>];
   store(numbers, values);
-  for (int l = 0; l < lanes<V>; ++l) to[l] += double(numbers[l]);
+  for (int64_t l = 0; l < valid; ++l) to[l] += double(numbers[l]);
 }
 template <class V>
 KDKERNELS_INLINE double exact_sum(V values) {
