@@ -41,33 +41,35 @@ class CudaGraph:
 class GraphedStep:
     """A step that is taken as it is for some iterations, then captured, and replayed from there on.
 
+    The step reads and writes tensors of the device alone, always the same ones.
+
     Args:
-        step: Step. It reads and writes tensors of the device alone, always the same ones.
         graph: Graph to capture it in.
         required: Whether a step that cannot be captured raises; otherwise it is taken as it is, with a warning.
 
     """
 
-    def __init__(self, step: Callable[[], None], graph: CudaGraph, *, required: bool) -> None:
-        self.step, self.graph, self.required = step, graph, required
+    def __init__(self, graph: CudaGraph, *, required: bool) -> None:
+        self.graph, self.required = graph, required
         self.done = 0
-        self.run: Callable[[], None] = self._warm_up
+        self.captured: bool | None = None  # until it was tried
 
-    def __call__(self) -> None:
-        """Take the step."""
-        self.run()
-
-    def _warm_up(self) -> None:
+    def __call__(self, step: Callable[[], None]) -> None:
+        """Take a step, which is the same function each time."""
         if self.done < WARM_UP:
-            self.graph.warm_up(self.step)
+            self.graph.warm_up(step)
             self.done += 1
             return
-        self.run = self._captured()
-        self.run()
+        if self.captured is None:
+            self.captured = self._capture(step)
+        if self.captured:
+            self.graph.replay()
+        else:
+            step()
 
-    def _captured(self) -> Callable[[], None]:
+    def _capture(self, step: Callable[[], None]) -> bool:
         try:
-            self.graph.capture(self.step)
+            self.graph.capture(step)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             if self.required:
@@ -80,5 +82,5 @@ class GraphedStep:
                 "cuda_graph=False silences this",
                 stacklevel=2,
             )
-            return self.step
-        return self.graph.replay
+            return False
+        return True

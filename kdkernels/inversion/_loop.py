@@ -121,9 +121,9 @@ class Loop:
         )  # fmt: skip
         self._best_loss.fill_(float("inf"))
         self._in_stage.zero_()
-        self._take = self.iterate
+        self._graph: GraphedStep | None = None
         if self.cuda_graph:
-            self._take = GraphedStep(self.iterate, CudaGraph(self.device), required=self.cuda_graph is True)
+            self._graph = GraphedStep(CudaGraph(self.device), required=self.cuda_graph is True)
 
     def step(self) -> None:
         """Take an iteration, and check now and then that the loss is finite.
@@ -137,7 +137,10 @@ class Loop:
             raise RuntimeError(f"the {self.total} iterations of the synthesis are done; start another one")
         if self._left == 0:
             self._begin(self._waiting.pop(0))
-        self._take()
+        if self._graph is None:
+            self.iterate()
+        else:
+            self._graph(self.iterate)
         self._left -= 1
         self.done += 1
         if self.done % CHECK_EVERY == 0 or self.done == self.total:

@@ -1,5 +1,7 @@
 """The loop of DeepInversion: what it draws, what it keeps, and that it runs on the device alone."""
 
+import gc
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -144,6 +146,19 @@ def test_an_iteration_reads_nothing_back(keep, execution):
             if not checks and not begins:
                 # Numbers of the host, which lift_fresh shows, would have to be copied to the device.
                 assert not {*READS, "lift_fresh"} & counting.counts.keys(), iteration
+
+
+def test_a_loop_frees_its_memory_when_it_ends():
+    """Without the garbage collector, which may run much later."""
+    gc.disable()
+    try:
+        with inverter_of(replace(EVERYTHING, stages=(Stage(2),))).loop(torch.arange(3)) as loop:
+            loop.step()
+            images = weakref.ref(loop.images)
+        del loop
+        assert images() is None
+    finally:
+        gc.enable()
 
 
 def test_a_loop_ends():
