@@ -57,7 +57,7 @@ def why_not_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> str
     network that flattens its features by ``view()``, for example, does not accept them.
     """
     device, dtype = placement(model)
-    noise = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    noise = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
     with frozen(model):
         expected = model(noise)
         images = noise.to(memory_format=torch.channels_last).requires_grad_()

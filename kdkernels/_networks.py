@@ -134,7 +134,7 @@ def count_classes(model: nn.Module, image_shape: tuple[int, ...], role: str) -> 
 
     """
     device, dtype = placement(model)
-    noise = torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
     images = torch.cat([torch.zeros_like(noise), noise]).to(device, dtype).requires_grad_()
     with frozen(model):
         try:

@@ -47,20 +47,20 @@ def move(images: Tensor, positions: Positions) -> Tensor:
 def positions_of(height: int, width: int, shift: tuple[int, int], flip: bool, device: torch.device) -> Positions:
     """Return the positions of a roll down and to the right, followed by a flip left to right if wanted."""
     down, right = shift
-    rows = _rows(height, width, torch.tensor([down]))
-    columns = _columns(width, torch.tensor([right]), torch.tensor([flip]))
+    rows = _rows(height, width, torch.tensor([down], device="cpu"))
+    columns = _columns(width, *(torch.tensor([value], device="cpu") for value in (right, flip)))
     return _combined(rows.to(device), columns.to(device))
 
 
 def _rows(height: int, width: int, down: Tensor) -> Tensor:
     """Return the first pixel of the row that each row comes from, and that it goes to; shape [rolls, 2, H]."""
-    rows, down = torch.arange(height), down[:, None]
+    rows, down = torch.arange(height, device="cpu"), down[:, None]
     return torch.stack([(rows - down) % height, (rows + down) % height], 1) * width
 
 
 def _columns(width: int, right: Tensor, flip: Tensor) -> Tensor:
     """Return the column that each column comes from, and that it goes to; shape [rolls, 2, W]."""
-    columns, right, flip = torch.arange(width), right[:, None], flip[:, None]
+    columns, right, flip = torch.arange(width, device="cpu"), right[:, None], flip[:, None]
     flipped = columns.flip(0)
     source = (torch.where(flip, flipped, columns) - right) % width
     target = (columns + right) % width
@@ -98,12 +98,14 @@ class Augmentation:
         self.moves = jitter > 0 or config.flip > 0
         if not self.moves:
             return
-        rolls = torch.arange(-jitter, jitter + 1)
+        rolls = torch.arange(-jitter, jitter + 1, device="cpu")
         height, width = size
         self._row_of = (offsets[:, 0] + jitter).to(device)
         self._column_of = (offsets[:, 1] + jitter + len(rolls) * flips).to(device)
         self._rows = _rows(height, width, rolls).to(device)
-        self._columns = torch.cat([_columns(width, rolls, torch.tensor([flip])) for flip in (False, True)]).to(device)
+        self._columns = torch.cat(
+            [_columns(width, rolls, torch.tensor([flip], device="cpu")) for flip in (False, True)]
+        ).to(device)
 
     @staticmethod
     def _draw(
@@ -111,10 +113,13 @@ class Augmentation:
     ) -> tuple[Tensor, Tensor]:
         """Draw the offsets [iterations, 2], and whether to flip [iterations]."""
         if probability == 0:
-            offsets = torch.randint(-jitter, jitter + 1, (iterations, 2), generator=generator)
-            return offsets, torch.zeros(iterations, dtype=torch.bool)
+            offsets = torch.randint(-jitter, jitter + 1, (iterations, 2), generator=generator, device="cpu")
+            return offsets, torch.zeros(iterations, dtype=torch.bool, device="cpu")
         draws = [
-            (torch.randint(-jitter, jitter + 1, (2,), generator=generator), torch.rand((), generator=generator))
+            (
+                torch.randint(-jitter, jitter + 1, (2,), generator=generator, device="cpu"),
+                torch.rand((), generator=generator, device="cpu"),
+            )
             for _ in range(iterations)
         ]
         offsets, numbers = (torch.stack(side) for side in zip(*draws, strict=True))

@@ -99,7 +99,7 @@ class Loop:
         self._bounds: tuple[Tensor, Tensor] | None = None
         if self.config.clip:
             mean, std = (
-                torch.tensor(values, dtype=dtype).to(self.device).view(-1, 1, 1)
+                torch.tensor(values, dtype=dtype, device=self.device).view(-1, 1, 1)
                 for values in (self.config.mean, self.config.std)
             )
             self._bounds = -mean / std, (1 - mean) / std  # the range of normalized pixels
@@ -114,7 +114,7 @@ class Loop:
             rates = [learning_rate_at(self.config, i, stage.iterations) for i in range(stage.iterations)]
             # On a GPU the optimizer reads a float.
             dtype = torch.float64 if self.device.type == "cpu" else torch.float32
-            self.rates = torch.tensor(rates, dtype=dtype).to(self.device)
+            self.rates = torch.tensor(rates, dtype=dtype, device=self.device)
         self.optimizer = torch.optim.Adam(
             [self.images], lr=self.config.learning_rate, betas=self.config.betas, fused=True,
             capturable=self.device.type == "cuda",

@@ -131,7 +131,7 @@ class Objective:
         """Return the weights of the terms as a tensor on the device; made once, because a copy waits for it."""
         key = images.device, images.dtype
         if key not in self._weights_of:
-            self._weights_of[key] = torch.tensor(list(self._weights.values()), dtype=images.dtype).to(images.device)
+            self._weights_of[key] = torch.tensor(list(self._weights.values()), dtype=images.dtype, device=images.device)
         return self._weights_of[key]
 
     def _priors(self, images: Tensor) -> dict[str, Tensor]:

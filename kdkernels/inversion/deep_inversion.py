@@ -56,6 +56,13 @@ class DeepInversion:
             config is missing although ``config.clip`` is set, or does not match the channels; or if the networks or the
             device cannot run as the other arguments ask for.
 
+    Example:
+        >>> config = InversionConfig.preset("digits").with_iterations(2)
+        >>> inverter = DeepInversion(teacher, (1, 8, 8), config)
+        >>> result = inverter.synthesize(torch.arange(10), generator=torch.Generator().manual_seed(0))
+        >>> list(result.images.shape)
+        [10, 1, 8, 8]
+
     """
 
     def __init__(
@@ -247,7 +254,7 @@ class DeepInversion:
         with torch.inference_mode(False), torch.enable_grad(), self._objective.ready():
             shape = len(labels), *self.image_shape
             if images is None:
-                images = torch.randn(shape, generator=generator, dtype=torch.float32)
+                images = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             elif images.shape != shape:
                 raise ValueError(f"images have the shape {list(images.shape)}; expected {list(shape)}")
             dtype = torch.float64 if teacher.dtype == torch.float64 else torch.float32

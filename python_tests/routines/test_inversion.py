@@ -1,6 +1,7 @@
 """DeepInversion: the statistics of a network, the objective and the synthesis."""
 
 import copy
+import doctest
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from networks import trained_like
 from torch import nn
 
+import kdkernels.inversion
 from kdkernels.functional import js_div_with_logits
 from kdkernels.inversion import PRESETS, DeepInversion, InversionConfig, NonFiniteLossError, Stage
 from kdkernels.models import SmallCNN
@@ -185,7 +187,26 @@ def test_a_scripted_network_without_the_feature_term():
     torch.testing.assert_close(images[1].images, images[0].images)
 
 
+def test_example():
+    (example,) = doctest.DocTestFinder(recurse=False).find(
+        DeepInversion, globs={"torch": torch, "teacher": SmallCNN(4), **vars(kdkernels.inversion)}
+    )
+    assert doctest.DocTestRunner().run(example).failed == 0
+    assert len(example.examples) == 4
+
+
 # Dtypes, and callers in other modes
+
+
+def test_a_default_device_is_not_that_of_the_network():
+    teacher = trained_like(SmallCNN(4))
+    expected = DeepInversion(teacher, (1, 8, 8), SHORT).synthesize(
+        torch.arange(4), generator=torch.Generator().manual_seed(0)
+    )
+    labels = torch.arange(4)
+    with torch.device("meta"):
+        found = DeepInversion(teacher, (1, 8, 8), SHORT).synthesize(labels, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.images, expected.images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
