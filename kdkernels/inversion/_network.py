@@ -132,12 +132,13 @@ class Network:
             # Autocast, which may be the caller's, chooses a dtype for each operation.
             dtype = images.dtype if torch.is_autocast_enabled(self.device.type) else self.dtype
             input = images.to(self.device, dtype, memory_format=self.memory_format)
-            logits: Tensor = self._compiled_for(input.shape)(input) if self.compile else self.model(input)
+            logits: Tensor = self._compiled_for(input)(input) if self.compile else self.model(input)
         return logits.to(images.device, images.dtype)
 
-    def _compiled_for(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+    def _compiled_for(self, input: Tensor) -> Callable[[Tensor], Tensor]:
+        shape, model = input.shape, self.model
         if shape not in self._compiled:
-            model = self.model
+            model(input.detach())  # BatchNormStatistics fuses layers with others in a call that is not compiled
 
             def call(input: Tensor) -> Tensor:
                 return model(input)  # type: ignore[no-any-return]

@@ -275,6 +275,22 @@ def test_compiled_networks_give_what_eager_ones_give(monkeypatch):
         assert compiled[name].item() == pytest.approx(norm.item(), rel=1e-11)
 
 
+def test_compiled_layers_are_fused_with_their_statistics(monkeypatch):
+    """The ReLUs, modules of the network, are part of the fused layers in the graph that is compiled."""
+    kinds = []
+
+    def recording(graph, inputs):
+        kinds.append([str(node.target) for node in graph.graph.nodes if "call" in node.op])
+        return graph.forward
+
+    compile_by(recording, monkeypatch)
+    config = replace(EVERYTHING, compete_weight=0.0, stages=(Stage(2),))
+    DeepInversion(pair()[0], (3, 12, 10), config, compile=True).synthesize(torch.arange(4))
+    assert len(kinds) == 1
+    assert len([kind for kind in kinds[0] if "conv2d" in kind]) == 3
+    assert not [kind for kind in kinds[0] if "relu" in kind]
+
+
 def test_the_inductor():
     config = replace(EVERYTHING, stages=(Stage(3),))
     inverters = [DeepInversion(pair()[0], (3, 12, 10), config, compile=compile) for compile in (False, True)]
