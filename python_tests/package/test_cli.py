@@ -141,11 +141,12 @@ def test_an_interrupt_that_a_destructor_swallows_is_raised_again(monkeypatch, ca
         return 0
 
     monkeypatch.setattr(doctor, "run", run)
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
-    start, before = time.monotonic(), signal.getsignal(signal.SIGINT)
+    start, before, hook = time.monotonic(), signal.getsignal(signal.SIGINT), sys.unraisablehook
     assert cli.main(["doctor"]) == cli.INTERRUPTED
     assert time.monotonic() - start < 20
     assert signal.getsignal(signal.SIGINT) is before
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == "\nInterrupted. Run the same command again to continue.\n"
 
 
 def test_distill_writes_a_student(tmp_path, teacher, capsys):

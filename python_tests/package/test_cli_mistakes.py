@@ -310,7 +310,8 @@ def test_published_weights(folder, monkeypatch, capsys, name):
 def test_settings_hold_all_that_decides_the_result(folder):
     assert cli.main(command("invert", {})) == 0
     settings = json.loads((folder / "out" / "settings.json").read_text())
-    assert settings["settings"].keys() == {"command", "teacher", "image_shape", "seed", "classes", "inversion"}
+    names = {"command", "teacher", "image_shape", "seed", "classes", "inversion", "execution"}
+    assert settings["settings"].keys() == names
     assert settings["settings"]["classes"] == list(range(10))
     assert settings["notes"].keys() == {"kdkernels", "torch", "threads", "device"}
 
