@@ -28,3 +28,18 @@ def pair(dtype=torch.float32):
 def inverter_of(config, dtype=torch.float32, **execution):
     teacher, student = pair(dtype)
     return DeepInversion(teacher, (3, 12, 10), config, student=student, **execution)
+
+
+def state_of(model):
+    """Return what must be the same after a synthesis: objects, memory, strides, values and flags."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        (name, id(tensor), tensor.data_ptr(), tensor.stride(), tensor._version, tensor.requires_grad)
+        for name, tensor in tensors
+    ] + [module.training for module in model.modules()], [tensor.detach().clone() for _, tensor in tensors]
+
+
+def assert_as_before(model, before):
+    states, values = state_of(model)
+    assert states == before[0]
+    assert all(map(torch.equal, values, before[1]))
