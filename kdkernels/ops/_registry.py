@@ -98,7 +98,7 @@ def returns(cls: type[tuple[Tensor, ...]]) -> type[tuple[Tensor, ...]]:
 
 
 def _without_autograd(overload: Any, arguments: tuple[Any, ...]) -> Any:
-    """Call an overload where autograd records nothing; its registered formula would only pass the call on, in Python."""
+    """Call an overload where autograd records nothing, without its formula, which would only pass the call on."""
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*arguments)
 

@@ -150,9 +150,9 @@ def _check_input(input: Tensor, by_image: bool, unbiased: bool) -> None:
 
 def _checked_parameter(name: str, values: Tensor, input: Tensor) -> Tensor:
     """Return a parameter or a running statistic in the dtype that is computed in."""
-    if type(values) in _PLAIN and values.dtype is compute_dtype(input) and values.device == input.device:
-        if values.shape == (input.shape[1],) and not values.requires_grad:
-            return _autograd.savable(values)  # as in a network, whose layers come here in every forward
+    placed = type(values) in _PLAIN and values.dtype is compute_dtype(input) and values.device == input.device
+    if placed and values.shape == (input.shape[1],) and not values.requires_grad:
+        return _autograd.savable(values)  # as in a network, whose layers come here in every forward
     _checks.check_floating(name, values)
     _checks.check_same_device("input", input, name, values)
     if values.shape != (input.shape[1],):
