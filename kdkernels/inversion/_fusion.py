@@ -14,6 +14,7 @@ from kdkernels.inversion._fusion_layers import Layer
 from kdkernels.inversion._fusion_trace import has_hooks, hooks_of, why_opaque
 from kdkernels.inversion._moments import Reported
 from kdkernels.inversion._recomputation import in_backward
+from kdkernels.ops._registry import explain
 from kdkernels.ops._tracing import has_values, is_transformed
 
 Compute = Callable[[], tuple[Tensor, Tensor, Tensor]]
@@ -73,6 +74,10 @@ class Fusion:
         self.why = None
         if any(has_other_forward(module) for module in self.model.modules()):
             self.why = "another BatchNormStatistics is active on the network"
+            return set()
+        slow = {device for device in map(_device_of, self.numbers) if not _has_kernel(device)}
+        if slow:
+            self.why = f"the fused layer has no kernel for {', '.join(sorted(slow))}, where taps are faster"
             return set()
         structure = [
             (name, id(module), type(module), module.training, has_hooks(module))
@@ -169,6 +174,15 @@ class Fusion:
             reasons += [why for place in self.containers.values() for why in place.reasons.get(layer.index, ())]
             lines.append(f"{layer.name or 'the network'}: {_described(layer, parts, reasons)}")
         return "\n".join(lines)
+
+
+def _device_of(module: nn.Module) -> str:
+    return module.running_mean.device.type  # type: ignore[return-value]
+
+
+def _has_kernel(device_type: str) -> bool:
+    """Tell whether the fused layer is more than operations of PyTorch on a device; on a CPU it saves memory anyway."""
+    return device_type == "cpu" or explain(device_type)["batch_norm_act_stats"][0] != "reference"
 
 
 def _described(layer: Layer, parts: list[str], reasons: list[str]) -> str:

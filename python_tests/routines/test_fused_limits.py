@@ -266,3 +266,11 @@ def test_a_graph_that_computes_something_else():
     text = same(made(Odd))
     assert "its graph gives another output or other statistics (relative difference" in text
     assert parts_of(text)["bn"] == "BatchNorm alone"
+
+
+def test_devices_without_a_kernel_are_tapped():
+    model = made(ResNet).to("meta")
+    with BatchNormStatistics(model) as statistics:
+        model(batch().to("meta"))
+        assert statistics.loss().device.type == "meta"
+        assert "Nothing is fused: the fused layer has no kernel for meta" in statistics.describe()
