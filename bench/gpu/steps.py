@@ -193,7 +193,7 @@ def correctness(part: Part) -> int:
     ops = [path.parent.name for path in sorted((ROOT / "kdkernels/ops").glob("*/cases.py"))]
     runs = [TestRun("gpu", "cuda", folder="gpu"), TestRun("gpu_emulator", "cuda", folder="gpu")]
     runs += [TestRun(op, "cuda", CONTRACT) for op in ops]
-    runs += [TestRun("gpu_memory", "cuda", folder="gpu")]
+    runs += [TestRun(name, "cuda", folder="gpu") for name in ("gpu_memory", "gpu_inversion")]
     runs += [TestRun(op, "cuda-triton", "equals_reference") for op in ops]
     if DRY:
         runs = [run for run in runs if run.target == "cuda"]
