@@ -108,15 +108,15 @@ class Objective:
         augmented = F.avg_pool2d(images, pool) if pool > 1 else images.view_as(images)
         if positions is not None:
             augmented = move(augmented, positions)
+        of_prior = images if config.prior_of == "plain" else augmented
+        # Before the networks, so that the backward makes their gradient last, when the activations are free again.
+        values = self._priors(of_prior)
         logits = self.teacher(augmented)
-        values: dict[str, Tensor] = {}
         if config.ce_weight != 0:
             values["cross_entropy"] = F.cross_entropy(logits, labels)
         if self.statistics is not None:
             classes = labels if config.over == "class" else None
             values["features"] = self.statistics.loss(self._layer_weights, labels=classes)
-        of_prior = images if config.prior_of == "plain" else augmented
-        values |= self._priors(of_prior)
         student_logits = share = None
         if self.student is not None:
             student_logits = self.student(augmented)
