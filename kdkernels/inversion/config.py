@@ -134,6 +134,17 @@ class InversionConfig:
             check_number(name, getattr(self, name))
         if not 0 < self.learning_rate < inf:
             raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a positive, finite number")
+        for name in ("clip", "unbiased"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        for name in ("betas", "mean", "std"):
+            values = getattr(self, name)
+            if values is None and name != "betas":
+                continue
+            if not isinstance(values, (tuple, list)):
+                raise TypeError(f"{name} is {values!r}; expected a tuple of numbers, such as (0.5, 0.9)")
+            for value in values:
+                check_number(f"a value of {name}", value)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas!r}; expected two numbers in [0, 1)")
         for name in _WEIGHTS:

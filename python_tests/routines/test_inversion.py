@@ -170,6 +170,12 @@ def test_wrong_calls(call, text):
         (lambda t: replace(SHORT, batch_size=2.5), "batch_size must be an integer, got 2.5"),
         (lambda t: replace(SHORT, tv_l2="1e-3"), "tv_l2 must be a number, got '1e-3'"),
         (lambda t: replace(SHORT, jitter=1.5), "jitter must be an integer, got 1.5"),
+        (lambda t: replace(SHORT, betas=0.9), r"betas is 0.9; expected a tuple of numbers, such as \(0.5, 0.9\)"),
+        (lambda t: replace(SHORT, betas=(0.9, "a")), "a value of betas must be a number, got 'a'"),
+        (lambda t: replace(SHORT, mean=0.5, std=0.5), "mean is 0.5; expected a tuple of numbers"),
+        (lambda t: replace(SHORT, mean=(0.5,), std=("1",)), "a value of std must be a number, got '1'"),
+        (lambda t: replace(SHORT, clip="no"), "clip is 'no'; expected True or False"),
+        (lambda t: replace(SHORT, unbiased=1), "unbiased is 1; expected True or False"),
     ],
 )
 def test_wrong_types(call, text):
