@@ -40,4 +40,4 @@ def test_an_iteration_holds_little_more_than_the_activations_of_the_network(memo
         loop.step()  # which makes the state of the optimizer and fuses the layers
         ours = peak_bytes(loop.step)
     assert 0 < ours <= allowed * peak_bytes(alone)
-    assert ours <= 0.66 * peak_bytes(lambda: published.iteration((1, -1), True))
+    assert ours <= 0.7 * peak_bytes(lambda: published.iteration((1, -1), True))
