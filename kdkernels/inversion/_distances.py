@@ -43,7 +43,7 @@ class Distances:
         over: What each of the compared statistics is taken over.
         unbiased: Whether variances are divided by n - 1.
         at: Whether the statistics are those of inputs or outputs.
-        fixed: Whether the running statistics stay the same between two calls of :meth:`forget_running`.
+        fixed: Whether the running statistics are read again only when they change.
         targets: Targets by name; the running statistics for other layers.
         ema: Share of the moving average in what is compared, or None.
         options: Options of :func:`kdkernels.functional.batch_norm_stat_distances`.
@@ -84,7 +84,7 @@ class Distances:
 
     def forget_running(self) -> None:
         """Read the running statistics again the next time."""
-        self._running: dict[tuple[int, ...], Statistics] = {}
+        self._running: dict[tuple[int, ...], tuple[list[tuple[Tensor, int]], Statistics]] = {}
 
     def use_of(self, record: Record) -> LayerUse:
         """Return the use of a layer that a record is of."""
@@ -164,17 +164,30 @@ class Distances:
     def _targets(self, records: list[Record], labels: Tensor | None) -> Statistics:
         """Return the targets of all records one after another, [C], or [N, C] if some depend on the label."""
         order = tuple(record.layer for record in records)
-        if order in self._running:
-            return self._running[order]
+        sources = self._sources(order)
+        if sources and order in self._running:
+            known, statistics = self._running[order]
+            same = (a is b and version == other for (a, version), (b, other) in zip(known, sources, strict=False))
+            if len(known) == len(sources) and all(same):
+                return statistics
         device = records[0].mean.device
         pairs = [self._target(record, labels) for record in records]
         rows = [len(mean) for mean, _ in pairs if mean.dim() == 2]
         if rows:
             pairs = [(mean.expand(rows[0], -1), var.expand(rows[0], -1)) for mean, var in pairs]
         means, variances = (torch.cat([values.to(device) for values in side], -1) for side in zip(*pairs, strict=True))
-        if self.fixed and not rows and not torch.is_inference_mode_enabled():  # autograd saves no inference tensor
-            self._running[order] = means, variances
+        if self.fixed and sources and not rows:
+            self._running[order] = sources, (means, variances)
         return means, variances
+
+    def _sources(self, order: tuple[int, ...]) -> list[tuple[Tensor, int]]:
+        """Return the tensors that running statistics are made of and their versions; none where there are none."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # autograd saves no inference tensor
+            return []
+        names = ("running_mean", "running_var") + (("weight", "bias") if self.at == "output" else ())
+        tensors = [getattr(self.modules[index], name, None) for index in order for name in names]
+        found = [tensor for tensor in tensors if tensor is not None]
+        return [] if any(t.is_inference() for t in found) else [(t, t._version) for t in found]
 
     def _target(self, record: Record, labels: Tensor | None) -> Statistics:
         """Return the target of a record, [C], or [N, C] if it depends on the label."""

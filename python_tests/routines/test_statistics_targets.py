@@ -218,3 +218,33 @@ def test_the_parts_of_mean_and_variance():
             model(x)
             parts.append(statistics.loss())
     close(parts[2], 2 * parts[0] + 0.25 * parts[1])
+
+
+@pytest.mark.parametrize("at", ["input", "output"])
+def test_running_statistics_that_change_in_the_block_are_read_again(at):
+    layer = torch.nn.BatchNorm2d(2, eps=0.0).double().eval()
+    x = torch.tensor([[[[1.0, 3.0]], [[2.0, 2.0]]]], dtype=torch.float64)  # means 2 and 2, variances 1 and 0
+    weights = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    with BatchNormStatistics(layer, mode="squared", reduction="sum", at=at) as statistics:
+
+        def loss():
+            layer(x)
+            return float(statistics.loss())
+
+        def expected():
+            mean, var = layer.running_mean, layer.running_var
+            given = torch.tensor([2.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
+            if at == "input":
+                return float(((given[0] - mean) ** 2 + (given[1] - var) ** 2).sum())
+            factor = layer.weight**2 / var
+            outputs = (given[0] - mean) * layer.weight / var.sqrt() + layer.bias, given[1] * factor
+            return float(((outputs[0] - layer.bias) ** 2 + (outputs[1] - layer.weight**2) ** 2).sum())
+
+        assert loss() == pytest.approx(9.0)  # 4 + 4 of the means, 0 + 1 of the variances
+        layer.load_state_dict({**layer.state_dict(), "running_mean": weights, "running_var": 4 * weights})
+        assert loss() == pytest.approx(expected())
+        layer.running_mean = layer.running_mean + 1
+        assert loss() == pytest.approx(expected())
+        layer.weight.mul_(3.0)
+        assert loss() == pytest.approx(expected())
+        assert loss() == loss()
