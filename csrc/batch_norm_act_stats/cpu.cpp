@@ -153,6 +153,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_stats_backward(std::optional<Tensor> g
     call.mean = means.data();
     call.constant = constant.data();
     call.slope = slope.data();
+    call.of_statistics = grad_mean || grad_var;
     run_kernel(batch_norm_act_backward, call);
   });
   return {tensors.finish(), of_residual ? of_residual->finish() : nothing(input)};

@@ -65,7 +65,8 @@ void plane_backward(const BatchNormActCall& call, int64_t channel, int64_t first
                                        at<const T>(call.output, plane_offset(call.output, n, channel)),
                                        at<const T>(call.grad_output, plane_offset(call.grad_output, n, channel)),
                                        at<T>(call.grad_input, plane_offset(call.grad_input, n, channel)),
-                                       at<T>(call.grad_residual, plane_offset(call.grad_residual, n, channel))};
+                                       at<T>(call.grad_residual, plane_offset(call.grad_residual, n, channel)),
+                                       call.of_statistics};
     int64_t i = 0;
     for (; i + lanes<V> <= call.plane; i += lanes<V>) {
       numbers.template vector<true>(i, lanes<V>, coefficients, activation);
@@ -205,7 +206,8 @@ void rows_backward(const BatchNormActCall& call, int64_t item) {
                                          at<const T>(call.output, row * call.output.row_stride + c),
                                          at<const T>(call.grad_output, row * call.grad_output.row_stride + c),
                                          at<T>(call.grad_input, row * call.grad_input.row_stride + c),
-                                         at<T>(call.grad_residual, row * call.grad_residual.row_stride + c)};
+                                         at<T>(call.grad_residual, row * call.grad_residual.row_stride + c),
+                                         call.of_statistics};
       for (int w = 0; w < width; ++w) {
         numbers.template vector<whole.value>(w * lanes<V>, count, coefficients[w], activation);
       }

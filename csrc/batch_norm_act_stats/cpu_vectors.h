@@ -97,12 +97,14 @@ template <ActivationKind kind, class V, class T>
 struct Backward {
   const T *x, *y, *grad;  // y: the output, if there is a residual
   T *by_input, *by_residual;
+  bool of_statistics;  // whether the statistics have a gradient; 0 times a NaN is not 0
 
   template <bool whole>
   KDKERNELS_INLINE void vector(int64_t i, int64_t count, const Coefficients<V>& c,
                                const math::ActivationOf<kind, V>& activation) const {
     const V value = read<whole, V>(x + i, count);
-    V result = math::statistics_gradient(value, c.mean, c.constant, c.slope);
+    V result{};
+    if (of_statistics) result = math::statistics_gradient(value, c.mean, c.constant, c.slope);
     if (grad != nullptr) {
       const V at = y == nullptr ? value * c.scale + c.shift : read<whole, V>(y + i, count);
       const V through = activation.through(at, read<whole, V>(grad + i, count));

@@ -28,6 +28,7 @@ struct BatchNormActCall : BatchNormActArguments {
   double* partial = nullptr;  // forward: see means_of
   // Backward, by channel of a wide row, or by sample and channel of a wide row
   const void *mean = nullptr, *constant = nullptr, *slope = nullptr;
+  bool of_statistics = true;  // whether they are needed
 
   explicit BatchNormActCall(const BatchNormActArguments& arguments) : BatchNormActArguments(arguments) {
     copies = rows && is_dense() ? vector_values / std::gcd(channels, vector_values) : 1;

@@ -200,6 +200,17 @@ def test_nan_passes(backend):
         assert var.isnan().all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_statistics_without_a_gradient_spread_no_nan(bad, memory_format, backend):
+    x = torch.randn(4, 20, 3, 3)
+    x[0, 0, 0, 0] = bad
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    output = batch_norm_act_stats(x, torch.zeros(20), torch.ones(20), eps=0.0).output
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+
+
 @of_kernels
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("outliers", [False, True])
@@ -238,6 +249,8 @@ def test_no_channels_and_empty_planes(backend):
         ({"statistics": "class"}, ValueError, "statistics is 'class'; accepted are 'batch', 'image'"),
         ({"residual": torch.randn(4, 3, 1)}, ValueError, "residual"),
         ({"eps": "small"}, TypeError, "eps must be a number"),
+        ({"eps": -1.0}, ValueError, "eps is -1.0; expected a number that is not negative"),
+        ({"unbiased": "yes"}, TypeError, "unbiased must be a bool, got 'yes'"),
     ],
 )
 def test_wrong_calls(change, error, text):

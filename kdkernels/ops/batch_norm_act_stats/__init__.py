@@ -227,6 +227,10 @@ def batch_norm_act_stats(
     _checks.check_choice("statistics", statistics, ("batch", "image"))
     for name, value in (("eps", eps), ("negative_slope", negative_slope)):
         _checks.check_number(name, value)
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; expected a number that is not negative")
+    if not isinstance(unbiased, bool):
+        raise TypeError(f"unbiased must be a bool, got {unbiased!r}")
     by_image = statistics == "image"
     _check_input(input, by_image, unbiased)
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
