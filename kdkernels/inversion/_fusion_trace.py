@@ -151,7 +151,10 @@ def trace(module: nn.Module, form: Form, through: set[nn.Module]) -> fx.Graph:
     except Exception as error:
         why = str(error) if isinstance(error, NotTraced) else f"its forward cannot be traced: {_first_line(error)}"
     finally:
-        sys.setprofile(profile)
+        if profile is None or callable(profile):
+            sys.setprofile(profile)
+        else:
+            profile.enable()  # that of cProfile, which is no function
     if attributes.restored():
         why = why or "its forward changes attributes"
     if why is None and applied:

@@ -1,6 +1,7 @@
 """Hooks and state of a fused network, which are those of the network."""
 
 import copy
+import cProfile
 import inspect
 import pickle
 import threading
@@ -274,3 +275,15 @@ def test_a_network_saved_inside(tmp_path):
     assert type(loaded) is ResNet
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.modules())
     torch.testing.assert_close(loaded(x), expected)
+
+
+def test_a_profiler_goes_on():
+    model, profiler = made(ResNet), cProfile.Profile()
+    with BatchNormStatistics(model) as statistics:
+        profiler.enable()
+        model(batch())
+        len(())
+        profiler.disable()
+        assert "BatchNorm + " in statistics.describe()
+    profiler.create_stats()
+    assert any(name == "<built-in method builtins.len>" for _, _, name in profiler.stats)
