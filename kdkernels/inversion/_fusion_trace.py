@@ -143,7 +143,8 @@ def trace(module: nn.Module, form: Form, through: set[nn.Module]) -> fx.Graph:
         nonlocal applied
         applied = applied or frame.f_code is _APPLY
 
-    profile, why = sys.getprofile(), None
+    profile: Any = sys.getprofile()
+    why = None
     sys.setprofile(notice)
     try:
         graph = tracer.trace(module)
