@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdkernels.functional import batch_norm_act_stats
 from kdkernels.inversion._forwards import Record, is_replica
 from kdkernels.inversion._fusion_classes import has_other_forward
 from kdkernels.inversion._fusion_containers import Container, FusedForward
@@ -182,7 +183,7 @@ def _device_of(module: nn.Module) -> str:
 
 def _has_kernel(device_type: str) -> bool:
     """Tell whether the fused layer is more than operations of PyTorch on a device; on a CPU it saves memory anyway."""
-    return device_type == "cpu" or explain(device_type)["batch_norm_act_stats"][0] != "reference"
+    return device_type == "cpu" or explain(device_type)[batch_norm_act_stats.__name__][0] != "reference"
 
 
 def _described(layer: Layer, parts: list[str], reasons: list[str]) -> str:

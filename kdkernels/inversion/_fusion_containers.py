@@ -146,7 +146,7 @@ class Container:
             return None
         if fusion.deciding or not fusion.can_decide(module, tensors) or self._is_busy():
             return None
-        self.waits = "the outputs of its first calls were not finite, or it raised"
+        self.waits = "the outputs of its first calls were not finite"
         decision = self._decide(form, args, kwargs, tensors)
         if decision is None:
             return None
@@ -198,8 +198,9 @@ class Container:
     ) -> FusedForward | str | None:
         try:
             expected = self._tried(lambda values: self._plain(form, values), tensors)
-        # The call itself is about to raise the same error, if it is one of the module.
-        except Exception:
+        # The call itself comes next: if the error is one of the module, it raises it, and else describe() has it.
+        except Exception as error:
+            self.waits = f"its forward raised in a trial without gradients ({type(error).__name__}: {error})"
             return None
         layers = self.fusion.layers
         fused = fuse(graph, self.module, self.fusion.numbers, lambda i: layers[i].activation is IDENTITY, self._make)

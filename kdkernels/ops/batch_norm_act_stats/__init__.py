@@ -32,21 +32,10 @@ class BatchNormActStats(NamedTuple):
     var: Tensor
 
 
-def _fake(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    by_image: bool,
-    unbiased: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(input: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *parameters, residual, _eps, _activation, _negative_slope, by_image, _unbiased = given
     torch._check(input.dim() >= 2, lambda: "input needs the dimensions [N, C, ...]")
-    for values in (running_mean, running_var, weight, bias):
+    for values in parameters:
         if values is not None:
             torch._check(values.dim() == 1)
             torch._check(values.shape[0] == input.shape[1], lambda: "a parameter needs one value per channel")
