@@ -8,16 +8,12 @@
 
 #include "batch_norm_act_stats/math.h"
 #include "core/channels.h"
-#include "core/storage.h"
 
 namespace kdkernels {
 
-struct BatchNormActArguments {
-  Storage storage = Storage::float32;
-  bool rows = false;                             // else planes
-  int64_t samples = 0, channels = 0, plane = 0;  // plane: values of one sample and channel
-  ChannelTensor input, output;  // output: of the forward; of the backward if there is a residual, else missing
-  ChannelTensor residual;       // of the forward
+struct BatchNormActArguments : ChannelInput {
+  ChannelTensor output;    // of the forward; of the backward if there is a residual, else missing
+  ChannelTensor residual;  // of the forward
   ChannelTensor grad_output, grad_input, grad_residual;  // of the backward
   math::Activation activation;
   bool by_image = false;  // whether each sample has statistics of its own

@@ -20,14 +20,7 @@ class BatchNormActTensors {
                       double negative_slope, bool by_image, bool unbiased)
       : big_(original, result,
              as_layout(original, prefers_rows(original)) && as_layout(result, prefers_rows(original))) {
-    const Tensor& input = big_.input;
-    arguments.storage = storage_of(input);
-    arguments.samples = input.size(0);
-    arguments.channels = input.size(1);
-    arguments.plane = 1;
-    for (int64_t d = 2; d < input.dim(); ++d) arguments.plane *= input.size(d);
-    arguments.rows = prefers_rows(input);
-    arguments.input = *as_layout(input, arguments.rows);
+    static_cast<ChannelInput&>(arguments) = channel_input(big_.input);
     arguments.activation = activation_of(activation, negative_slope);
     arguments.by_image = by_image;
     arguments.unbiased = unbiased;

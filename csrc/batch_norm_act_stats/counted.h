@@ -19,12 +19,7 @@ inline void count_layout(bool channels_last, Storage storage, const std::string&
                          : ChannelTensor{numbers.data(), channels * plane, plane, 0};
   };
   BatchNormActArguments arguments;
-  arguments.storage = storage;
-  arguments.samples = samples;
-  arguments.channels = channels;
-  arguments.plane = plane;
-  arguments.rows = channels_last;
-  arguments.input = place(input);
+  static_cast<ChannelInput&>(arguments) = {storage, channels_last, samples, channels, plane, place(input)};
   arguments.activation = activation_of(activation, 0.01);
   BatchNormActArguments forward = arguments;
   forward.output = place(result);

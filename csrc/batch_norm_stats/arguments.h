@@ -7,16 +7,12 @@
 
 #include "batch_norm_stats/math.h"
 #include "core/channels.h"
-#include "core/storage.h"
 
 namespace kdkernels {
 
 // An activation, and for the backward of its tap the gradients that belong to it
-struct BatchNormArguments {
-  Storage storage = Storage::float32;
-  bool rows = false;                             // else planes
-  int64_t samples = 0, channels = 0, plane = 0;  // plane: values of one sample and channel
-  ChannelTensor input, grad_output, output;
+struct BatchNormArguments : ChannelInput {
+  ChannelTensor grad_output, output;
   bool unbiased = false;
 
   KDKERNELS_INLINE double count() const { return double(samples) * double(plane); }

@@ -12,13 +12,7 @@ namespace kdkernels {
 
 inline BatchNormArguments arguments_of(const Tensor& input, bool unbiased) {
   BatchNormArguments arguments;
-  arguments.storage = storage_of(input);
-  arguments.samples = input.size(0);
-  arguments.channels = input.size(1);
-  arguments.plane = 1;
-  for (int64_t d = 2; d < input.dim(); ++d) arguments.plane *= input.size(d);
-  arguments.rows = prefers_rows(input);
-  arguments.input = *as_layout(input, arguments.rows);
+  static_cast<ChannelInput&>(arguments) = channel_input(input);
   arguments.unbiased = unbiased;
   return arguments;
 }

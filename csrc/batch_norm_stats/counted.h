@@ -21,12 +21,7 @@ inline void count_layout(bool channels_last, Storage storage) {
                          : ChannelTensor{numbers.data(), channels * plane, plane, 0};
   };
   BatchNormArguments arguments;
-  arguments.storage = storage;
-  arguments.samples = samples;
-  arguments.channels = channels;
-  arguments.plane = plane;
-  arguments.rows = channels_last;
-  arguments.input = place(input);
+  static_cast<ChannelInput&>(arguments) = {storage, channels_last, samples, channels, plane, place(input)};
   cpu::BatchNormCall call(arguments);
   std::vector<cpu::Moments> partial(size_t(call.groups() * channels));
   call.partial = partial.data();

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "core/channels.h"
-#include "core/stable.h"
+#include "core/dispatch.h"
 
 namespace kdkernels {
 
@@ -49,6 +49,13 @@ inline bool prefers_rows(const Tensor& tensor) {
 // The tensor, or a contiguous copy where it can be taken neither as rows nor as planes
 inline Tensor readable(const Tensor& tensor) {
   return as_layout(tensor, prefers_rows(tensor)) ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline ChannelInput channel_input(const Tensor& readable) {
+  const bool rows = prefers_rows(readable);
+  int64_t plane = 1;
+  for (int64_t d = 2; d < readable.dim(); ++d) plane *= readable.size(d);
+  return {storage_of(readable), rows, readable.size(0), readable.size(1), plane, *as_layout(readable, rows)};
 }
 
 }  // namespace kdkernels

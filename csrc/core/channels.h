@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/value.h"
+#include "core/storage.h"
 
 namespace kdkernels {
 
@@ -12,6 +12,14 @@ struct ChannelTensor {
   void* data = nullptr;
   int64_t sample_stride = 0, channel_stride = 0;  // of planes
   int64_t row_stride = 0;                         // of rows
+};
+
+// A tensor that a kernel reads, and its sizes
+struct ChannelInput {
+  Storage storage = Storage::float32;
+  bool rows = false;                             // else planes
+  int64_t samples = 0, channels = 0, plane = 0;  // plane: values of one sample and channel
+  ChannelTensor input;
 };
 
 template <class T>
