@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdkernels._networks import frozen
 from kdkernels.inversion._forwards import Forward, Record, Replicas, is_replica, lock, number_of
-from kdkernels.inversion._fusion import Compute, Fusion
+from kdkernels.inversion._fusion.network import Compute, Fusion
 from kdkernels.inversion._layers import At
 from kdkernels.inversion._moments import Reported, tap
 from kdkernels.inversion._recomputation import Recomputation, in_backward, in_first_run, joined

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdkernels.functional import batch_norm_act_stats
 from kdkernels.inversion._forwards import Record
-from kdkernels.inversion._fusion_nodes import IDENTITY, Activation, activation_of
+from kdkernels.inversion._fusion.nodes import IDENTITY, Activation, activation_of
 
 Result = tuple[Any, list[Record]]
 _COMPARED = (bool, int, float, str, tuple, torch.dtype, torch.device)

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from kdkernels.functional import batch_norm_act_stats
 from kdkernels.inversion._forwards import is_replica
-from kdkernels.inversion._fusion_check import activation_in
-from kdkernels.inversion._fusion_classes import with_forward
-from kdkernels.inversion._fusion_nodes import IDENTITY, Activation
-from kdkernels.inversion._fusion_trace import Attributes, why_opaque
+from kdkernels.inversion._fusion.check import activation_in
+from kdkernels.inversion._fusion.classes import with_forward
+from kdkernels.inversion._fusion.nodes import IDENTITY, Activation
+from kdkernels.inversion._fusion.trace import Attributes, why_opaque
 from kdkernels.inversion._layers import is_affine
 from kdkernels.inversion._moments import check_values
 from kdkernels.inversion._recomputation import in_backward
 
 if TYPE_CHECKING:
-    from kdkernels.inversion._fusion import Fusion
+    from kdkernels.inversion._fusion.network import Fusion
 
 
 class Layer:

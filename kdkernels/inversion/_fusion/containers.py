@@ -9,11 +9,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from kdkernels.inversion._forwards import is_replica
-from kdkernels.inversion._fusion_check import Result, difference, tolerance
-from kdkernels.inversion._fusion_classes import with_forward
-from kdkernels.inversion._fusion_graph import Fused, fuse
-from kdkernels.inversion._fusion_nodes import IDENTITY, Activation
-from kdkernels.inversion._fusion_trace import (
+from kdkernels.inversion._fusion.check import Result, difference, tolerance
+from kdkernels.inversion._fusion.classes import with_forward
+from kdkernels.inversion._fusion.graph import Fused, fuse
+from kdkernels.inversion._fusion.nodes import IDENTITY, Activation
+from kdkernels.inversion._fusion.trace import (
     Attributes,
     Form,
     NotTraced,
@@ -25,7 +25,7 @@ from kdkernels.inversion._fusion_trace import (
 )
 
 if TYPE_CHECKING:
-    from kdkernels.inversion._fusion import Fusion
+    from kdkernels.inversion._fusion.network import Fusion
 
 ATTEMPTS = 4  # at a decision that does not last
 KINDS_OF_CALLS = 16

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from kdkernels.functional import batch_norm_act_stats
 from kdkernels.inversion._forwards import Record, is_replica
-from kdkernels.inversion._fusion_classes import has_other_forward
-from kdkernels.inversion._fusion_containers import Container, FusedForward
-from kdkernels.inversion._fusion_layers import Layer
-from kdkernels.inversion._fusion_trace import has_hooks, hooks_of, why_opaque
+from kdkernels.inversion._fusion.classes import has_other_forward
+from kdkernels.inversion._fusion.containers import Container, FusedForward
+from kdkernels.inversion._fusion.layers import Layer
+from kdkernels.inversion._fusion.trace import has_hooks, hooks_of, why_opaque
 from kdkernels.inversion._moments import Reported
 from kdkernels.inversion._recomputation import in_backward
 from kdkernels.ops._registry import explain

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
-from kdkernels.inversion._fusion_nodes import IDENTITY, Activation, Nodes, is_in_place
-from kdkernels.inversion._fusion_trace import has_hooks
+from kdkernels.inversion._fusion.nodes import IDENTITY, Activation, Nodes, is_in_place
+from kdkernels.inversion._fusion.trace import has_hooks
 
 
 class Fuse(Protocol):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from kdkernels.inversion._fusion_trace import ONE_TENSOR, NotTraced, has_hooks, trace, why_opaque
+from kdkernels.inversion._fusion.trace import ONE_TENSOR, NotTraced, has_hooks, trace, why_opaque
 
 
 class Activation(NamedTuple):
