@@ -8,13 +8,14 @@ from torch import Tensor
 
 from kdkernels.ops import _registry
 from kdkernels.ops._checks import FLOATING, check_dense, check_same_device
-from kdkernels.ops._numerics import compute_dtype
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
 
 
-def checked_position_weight(weight: Tensor | None, input: Tensor, positions: Sequence[int]) -> Tensor | None:
-    """Return the weight of each position as contiguous numbers of 32 bits or more, or raise.
+def checked_position_weight(
+    weight: Tensor | None, input: Tensor, positions: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """Return the weight of each position as contiguous numbers of the dtype that is computed in, or raise.
 
     Values are not read here: kernels and references refuse those that are negative or not finite.
 
@@ -22,6 +23,7 @@ def checked_position_weight(weight: Tensor | None, input: Tensor, positions: Seq
         weight: A mask, or floating-point numbers, in the shape of the positions; None for a weight of 1.
         input: Tensor that it is used with.
         positions: Shape of ``input`` without its dimension of classes.
+        dtype: Dtype to compute in.
 
     """
     if weight is None:
@@ -40,7 +42,6 @@ def checked_position_weight(weight: Tensor | None, input: Tensor, positions: Seq
     check_same_device("input", input, "position_weight", weight)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("position_weight requires grad, but no gradient is computed for it; detach it")
-    dtype = torch.float64 if weight.dtype == torch.float64 else compute_dtype(input)
     return weight.detach().to(dtype).contiguous()
 
 
