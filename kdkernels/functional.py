@@ -13,13 +13,19 @@ from kdkernels.ops.batch_norm_stats import (
     batch_norm_tap,
 )
 from kdkernels.ops.gradient_reversal import gradient_reversal, gradient_reversal_linear
-from kdkernels.ops.softmax_divergence import distillation_loss, js_div_with_logits, kl_div_with_logits
+from kdkernels.ops.softmax_divergence import (
+    DivergenceParts,
+    distillation_loss,
+    js_div_with_logits,
+    kl_div_with_logits,
+)
 from kdkernels.ops.total_variation import ImagePriorLosses, image_prior_losses, total_variation
 
 __all__ = [
     "BatchNormActStats",
     "BatchNormStats",
     "BatchNormTap",
+    "DivergenceParts",
     "ImagePriorLosses",
     "batch_norm_act_stats",
     "batch_norm_stat_distances",

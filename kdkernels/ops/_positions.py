@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _registry
+from kdkernels.ops import _autograd, _registry
 from kdkernels.ops._checks import FLOATING, check_dense, check_same_device
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
@@ -42,7 +42,7 @@ def checked_position_weight(
     check_same_device("input", input, "position_weight", weight)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("position_weight requires grad, but no gradient is computed for it; detach it")
-    return weight.detach().to(dtype).contiguous()
+    return _autograd.savable(weight.detach().to(dtype).contiguous())
 
 
 def check_weight_values(name: str, weight: Tensor | None) -> None:

@@ -98,7 +98,7 @@ def test_dimensions_of_every_kind(dim):
 
 @pytest.mark.parametrize("dim", [1.0, "1", (0, 1)], ids=repr)
 def test_what_is_no_dimension_is_refused(dim):
-    with pytest.raises(TypeError, match="dim must be an integer or None, got "):
+    with pytest.raises(TypeError, match="dim must be an integer, a tuple of integers or None, got "):
         kl_div_with_logits(torch.randn(3, 5), torch.randn(3, 5), dim=dim)
 
 

@@ -4,55 +4,35 @@ This file has the public functions. ``autograd.py`` defines the op; ``saved.py``
 saves for its backward, and states the passes over memory.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
-from kdkernels.ops import _checks, _registry
+from kdkernels.ops import _checks
 from kdkernels.ops._types import Reduction
-from kdkernels.ops.softmax_divergence import reference
-from kdkernels.ops.softmax_divergence.autograd import FORWARD
-from kdkernels.ops.softmax_divergence.checks import check_logits, check_temperature, check_weights
-from kdkernels.ops.softmax_divergence.saved import what_to_save
+from kdkernels.ops.softmax_divergence.checks import check_temperature, check_weights
+from kdkernels.ops.softmax_divergence.compute import Call
+from kdkernels.ops.softmax_divergence.compute import DivergenceParts as DivergenceParts
 
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
-
-
-def _compute(
-    input: Tensor,
-    target: Tensor,
-    labels: Tensor | None,
-    *,
-    temperature: float | Tensor,
-    divergence_weight: float | Tensor = 1.0,
-    label_weight: float | Tensor = 0.0,
-    beta: float | Tensor = 0.5,
-    dim: int,
-    divergence: str,
-    reduction: str,
-    ignore_index: int = -100,
-) -> Tensor:
-    backend = FORWARD.choose(input.device)
-    numbers = (temperature, divergence_weight, label_weight, beta)
-    scalars = tuple(_checks.scalar_tensor(number, input) for number in numbers)
-    if _registry.checks_values(input.device):
-        reference.check_values(labels, scalars[0], scalars[3], input.shape[dim], ignore_index)
-    options = (dim, divergence, reduction, ignore_index)
-    save = what_to_save(backend, input, target, scalars[0])
-    loss, _ = FORWARD.run(backend, input, target, labels, *scalars, *options, save)
-    return loss  # type: ignore[no-any-return]
+TargetType = Literal["logits", "log_probs", "probs"]
 
 
 def _divergence(
-    input: Tensor, target: Tensor, temperature: float | Tensor, dim: int | None, divergence: str, reduction: str,
-    beta: float | Tensor = 0.5,
+    input: Tensor, target: Tensor, divergence: str, *, temperature: float | Tensor, dim: int | Sequence[int] | None,
+    reduction: str, beta: float | Tensor = 0.5, position_weight: Tensor | None, target_type: str, standardize: bool,
+    return_parts: bool,
 ) -> Tensor:  # fmt: skip
-    dim = check_logits(input, target, None, dim, reduction)
+    call = Call(
+        input, target, dim=dim, reduction=reduction, position_weight=position_weight, target_type=target_type,
+        return_parts=return_parts,
+    )  # fmt: skip
+    if standardize:
+        call.standardize()
     temperature = check_temperature(temperature, input)
     beta = _checks.check_scalar("beta", beta, input, minimum=0, maximum=1)
-    return _compute(
-        input, target, None, temperature=temperature, beta=beta, dim=dim, divergence=divergence, reduction=reduction
-    )
+    return call.run(divergence, temperature=temperature, beta=beta)  # type: ignore[no-any-return]
 
 
 def kl_div_with_logits(
@@ -60,9 +40,13 @@ def kl_div_with_logits(
     target: Tensor,
     *,
     temperature: float | Tensor = 1.0,
-    dim: int | None = None,
+    dim: int | Sequence[int] | None = None,
     reverse: bool = False,
+    target_type: TargetType = "logits",
+    position_weight: Tensor | None = None,
+    standardize: bool = False,
     reduction: Reduction = "mean",
+    return_parts: bool = False,
 ) -> Tensor:
     r"""Kullback-Leibler divergence between the softmax distributions of teacher and student logits.
 
@@ -79,13 +63,26 @@ def kl_div_with_logits(
         target: Teacher logits of the same shape and device; their dtype may differ.
         temperature: T > 0, a number or a 0-dim tensor, which gets its gradient if it requires one. For a temperature
             per sample divide both logits by it, as in ``input / T[:, None]``, and leave this at 1.
-        dim: Class dimension. ``None`` means the last one for 1-D and 2-D logits, and raises for more dimensions.
+        dim: Class dimension, or a tuple of dimensions that hold the classes together, such as ``(2, 3)`` for a softmax
+            over the pixels of a map. ``None`` means the last one for 1-D and 2-D logits, and raises for more.
         reverse: Whether to compute KL(student || teacher) instead of KL(teacher || student).
-        reduction: ``"none"`` (a value per position), ``"mean"`` (over positions, unlike ``F.kl_div``), ``"sum"``, or
-            ``"batchmean"`` (the sum divided by ``input.size(0)``).
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``. The temperature divides logits
+            only: of a teacher given by probabilities it divides the student alone. Probabilities whose sum is not 1
+            give exactly the formula above, with the derivative :math:`((\sum_c p_c) q - p) / T`; with ``reverse=True``
+            they raise if the sum is off by more than 1e-3 (2e-2 in 16 bits).
+        position_weight: Weight w of each position, boolean (a mask) or floating-point, in the shape of ``input``
+            without the classes. A position of weight 0 counts for nothing, even if its logits are NaN.
+        standardize: Whether to give the logits of each position mean 0 and unbiased standard deviation 1 first
+            (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv 2403.01427). It takes a tensor of
+            logits more for each side.
+        reduction: ``"none"`` (w times the loss of each position), ``"mean"`` (the sum of w times the loss, divided by
+            the sum of w; unlike ``F.kl_div``, over positions), ``"sum"``, or ``"batchmean"`` (the sum divided by
+            ``input.size(0)``).
+        return_parts: Whether to return :class:`DivergenceParts` instead of the loss: also the log-sum-exp of both
+            sides, the teacher's entropy and the agreement of the largest logits, from the same pass.
 
     Returns:
-        The loss in fp32, or fp64 if a side is fp64; 0 if there are no positions. Gradients flow to both sides.
+        The loss in fp32, or fp64 if a side is fp64; 0 if no position counts. Gradients flow to both sides.
 
     Special values: a class with zero probability in the weighting distribution (a logit of -inf) adds exactly 0. Where
     only the other distribution is zero, the loss is +inf; the gradient of the other side is finite, and that of the
@@ -101,15 +98,24 @@ def kl_div_with_logits(
 
     Raises:
         TypeError: A side is not a floating-point tensor, or the temperature is not a number.
-        ValueError: A shape, a device or an option is not accepted, or there are no classes.
+        ValueError: A shape, a device, a weight or an option is not accepted, or there are no classes.
 
     Example:
         >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
         >>> loss = kl_div_with_logits(student, teacher, temperature=4.0)
         >>> loss.backward()
 
+    Tokens that a mask leaves out, and a teacher stored as log-probabilities:
+        >>> student, teacher = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 32).log_softmax(-1)
+        >>> mask = torch.rand(2, 5) > 0.3
+        >>> loss = kl_div_with_logits(student, teacher, target_type="log_probs", position_weight=mask, dim=-1)
+
     """
-    return _divergence(input, target, temperature, dim, "reverse_kl" if reverse else "forward_kl", reduction)
+    return _divergence(
+        input, target, "reverse_kl" if reverse else "forward_kl", temperature=temperature, dim=dim,
+        reduction=reduction, position_weight=position_weight, target_type=target_type, standardize=standardize,
+        return_parts=return_parts,
+    )  # fmt: skip
 
 
 def js_div_with_logits(
@@ -118,9 +124,13 @@ def js_div_with_logits(
     *,
     beta: float | Tensor = 0.5,
     temperature: float | Tensor = 1.0,
-    dim: int | None = None,
+    dim: int | Sequence[int] | None = None,
     legacy_clamp: bool = False,
+    target_type: TargetType = "logits",
+    position_weight: Tensor | None = None,
+    standardize: bool = False,
     reduction: Reduction = "mean",
+    return_parts: bool = False,
 ) -> Tensor:
     r"""Jensen-Shannon divergence between the softmax distributions of teacher and student logits.
 
@@ -145,12 +155,18 @@ def js_div_with_logits(
         target: Teacher logits of the same shape and device; their dtype may differ.
         beta: Teacher's share of the mixture in [0, 1], a number or a 0-dim tensor without gradient.
         temperature: T > 0, as in :func:`kl_div_with_logits`.
-        dim: Class dimension. ``None`` means the last one for 1-D and 2-D logits, and raises for more dimensions.
+        dim: Class dimension, or a tuple of them, as in :func:`kl_div_with_logits`.
         legacy_clamp: Whether to compute the published clamped form; it is defined for ``beta=0.5`` only.
-        reduction: ``"none"``, ``"mean"`` (over positions), ``"sum"`` or ``"batchmean"`` (sum / ``input.size(0)``).
+        target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``, which the temperature does not
+            divide. Probabilities must sum to 1, up to 1e-3 (2e-2 in 16 bits).
+        position_weight: Weight of each position, boolean or floating-point, as in :func:`kl_div_with_logits`.
+        standardize: Whether to standardize the logits of each position first, as in :func:`kl_div_with_logits`.
+        reduction: ``"none"``, ``"mean"`` (weighted, over positions), ``"sum"`` or ``"batchmean"`` (sum /
+            ``input.size(0)``).
+        return_parts: Whether to return :class:`DivergenceParts` instead of the loss.
 
     Returns:
-        The loss in fp32, or fp64 if a side is fp64; 0 if there are no positions. Gradients flow to both sides. A class
+        The loss in fp32, or fp64 if a side is fp64; 0 if no position counts. Gradients flow to both sides. A class
         without probability adds exactly 0; a row without a finite logit gives NaN. For one class, derivatives and
         teachers, see :func:`kl_div_with_logits`.
 
@@ -166,7 +182,11 @@ def js_div_with_logits(
     """
     if legacy_clamp and (number := _checks.number_of(beta)) != 0.5:
         raise ValueError(f"legacy_clamp=True is defined for beta=0.5 only, got beta={number!r}; leave beta out")
-    return _divergence(input, target, temperature, dim, "clamped_js" if legacy_clamp else "js", reduction, beta)
+    return _divergence(
+        input, target, "clamped_js" if legacy_clamp else "js", temperature=temperature, beta=beta, dim=dim,
+        reduction=reduction, position_weight=position_weight, target_type=target_type, standardize=standardize,
+        return_parts=return_parts,
+    )  # fmt: skip
 
 
 def distillation_loss(
@@ -179,9 +199,16 @@ def distillation_loss(
     ce_weight: float | Tensor | None = None,
     divergence: Divergence = "forward_kl",
     beta: float | Tensor = 0.5,
-    dim: int | None = None,
+    target_type: TargetType = "logits",
+    label_smoothing: float | Tensor = 0.0,
+    class_weight: Tensor | None = None,
+    position_weight: Tensor | None = None,
+    standardize: bool = False,
+    dim: int | Sequence[int] | None = None,
     ignore_index: int = -100,
+    ignore_index_in: Literal["both", "cross_entropy"] = "both",
     reduction: Reduction = "mean",
+    return_parts: bool = False,
 ) -> Tensor:
     r"""Knowledge-distillation loss: soft targets of a teacher and hard labels, in one pass over the logits.
 
@@ -195,7 +222,9 @@ def distillation_loss(
         input: Student logits, any shape with one dimension of classes; fp16, bf16, fp32 or fp64, any strides.
         target: Teacher logits of the same shape and device; their dtype may differ.
         labels: Class indices, int64, in the shape of ``input`` without the class dimension. Positions that hold
-            ``ignore_index`` count neither in the loss, nor in its gradient, nor in the mean.
+            ``ignore_index`` count neither in the loss, nor in its gradient, nor in the mean. Or the probability of each
+            class, floating-point, in the shape of ``input``, as in ``F.cross_entropy``; they get their gradient if they
+            require one.
         temperature: T > 0, as in :func:`kl_div_with_logits`; its gradient includes that of the factor T^2, which is
             computed in 32 bits or more. For a temperature per sample, ``T**2 * kl_div_with_logits(input / T[:, None],
             target / T[:, None], reduction="none")`` has the same terms.
@@ -205,10 +234,23 @@ def distillation_loss(
         divergence: ``"forward_kl"`` as above, ``"reverse_kl"``, or ``"js"`` with ``beta`` as in
             :func:`js_div_with_logits`.
         beta: Teacher's share of the mixture of ``"js"``.
-        dim: Class dimension. ``None`` means the last one for 1-D and 2-D logits, and raises for more dimensions.
-        ignore_index: Label of the positions to leave out.
-        reduction: ``"none"``, ``"mean"`` (over positions that count), ``"sum"`` or ``"batchmean"`` (sum /
-            ``input.size(0)``).
+        target_type: What ``target`` holds, as in :func:`kl_div_with_logits`.
+        label_smoothing: Share in [0, 1] of the uniform distribution in the labels, as in ``F.cross_entropy``.
+        class_weight: Weight of each class in the cross-entropy, shape [C], as ``weight`` in ``F.cross_entropy``: it
+            enters every class of a smoothed label, and the mean divides by the sum of the weights of the labels; with
+            probabilities as labels, by the number of positions.
+        position_weight: Weight of each position in both terms, boolean or floating-point, as in
+            :func:`kl_div_with_logits`.
+        standardize: Whether the divergence, not the cross-entropy, standardizes the logits, as in
+            :func:`kl_div_with_logits`.
+        dim: Class dimension, or a tuple of them, as in :func:`kl_div_with_logits`; labels then count in the flattened
+            classes.
+        ignore_index: Label of the positions to leave out; probabilities as labels have none.
+        ignore_index_in: Whether those positions count in neither term, ``"both"``, or only not in the
+            ``"cross_entropy"``.
+        reduction: ``"none"``, ``"mean"``, ``"sum"`` or ``"batchmean"`` (sum / ``input.size(0)``). The mean of each term
+            is over the positions, and weights, that count in that term.
+        return_parts: Whether to return :class:`DivergenceParts` instead of the loss.
 
     Returns:
         The loss; for its dtype, special values and derivatives see :func:`kl_div_with_logits`. If no position counts,
@@ -225,15 +267,20 @@ def distillation_loss(
         >>> loss.backward()
 
     """
-    dim = check_logits(input, target, labels, dim, reduction)
     _checks.check_choice("divergence", divergence, ("forward_kl", "reverse_kl", "js"))
+    call = Call(
+        input, target, labels, dim=dim, reduction=reduction, position_weight=position_weight,
+        class_weight=class_weight, label_smoothing=label_smoothing, target_type=target_type, ignore_index=ignore_index,
+        ignore_index_in=ignore_index_in, return_parts=return_parts,
+    )  # fmt: skip
     kd_weight, ce_weight = check_weights(labels, kd_weight, ce_weight)
     temperature = check_temperature(temperature, input)
     beta = _checks.check_scalar("beta", beta, input, minimum=0, maximum=1)
     kd_weight = _checks.check_scalar("kd_weight", kd_weight, input)
     ce_weight = _checks.check_scalar("ce_weight", ce_weight, input)
-    return _compute(
-        input, target, labels, temperature=temperature, divergence_weight=kd_weight * temperature * temperature,
-        label_weight=ce_weight, beta=beta, dim=dim, divergence=divergence, reduction=reduction,
-        ignore_index=ignore_index,
-    )  # fmt: skip
+    options: dict[str, float | Tensor] = {"temperature": temperature, "beta": beta}
+    if standardize:
+        return call.run_standardized(divergence, kd_weight * temperature * temperature, ce_weight, **options)  # type: ignore[no-any-return]
+    return call.run(  # type: ignore[no-any-return]
+        divergence, divergence_weight=kd_weight * temperature * temperature, label_weight=ce_weight, **options
+    )

@@ -52,7 +52,7 @@ def _backward_fake(
     )
 
 
-def _save(ctx: Any, tensors: tuple[Tensor | None, ...], at: int) -> None:
+def save_tensors(ctx: Any, tensors: tuple[Tensor | None, ...], at: int) -> None:
     """Save tensors for the backward, of which input, target and labels begin at an index.
 
     Those may be inference tensors, which autograd refuses to save for want of a version; they are held by themselves.
@@ -66,7 +66,8 @@ def _save(ctx: Any, tensors: tuple[Tensor | None, ...], at: int) -> None:
     ctx.save_for_backward(*(None if i in ctx.held else t for i, t in enumerate(tensors)))
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def restored(ctx: Any) -> tuple[Any, ...]:
+    """Return the tensors of :func:`save_tensors`."""
     if not ctx.held:
         return ctx.saved_tensors  # type: ignore[no-any-return]
     return tuple(ctx.held.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors))
@@ -86,7 +87,7 @@ def _forward_mode(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, ctx.options, ctx.save = inputs[:7], inputs[7:11], inputs[11]
     ctx.mark_non_differentiable(output[1])
-    _save(ctx, (output[1] if ctx.save == "statistics" else None, *tensors), 1)
+    save_tensors(ctx, (output[1] if ctx.save == "statistics" else None, *tensors), 1)
     ctx.gradient = [output[1]] if ctx.save == "gradient" else []
 
 
@@ -95,10 +96,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _grad_saved: None) -> tuple[Te
     of_scalars = of_temperature or of_weight
     if grad_loss is None or not (any(wanted) or of_scalars):
         return (None,) * 12
-    arguments = (*_saved(ctx), *ctx.options)
+    arguments = (*restored(ctx), *ctx.options)
     # The saved gradient is a constant to autograd; a backward that is differentiated itself starts from the logits.
+    dim, _, reduction, _ = ctx.options
     if ctx.save == "gradient" and not wanted[1] and not of_scalars and not torch.is_grad_enabled():
-        return scaled(_take_gradient(ctx, grad_loss, arguments), grad_loss, ctx), *(None,) * 11
+        return scaled(_take_gradient(ctx, grad_loss, arguments), grad_loss, dim, reduction), *(None,) * 11
     in_kernel = of_scalars and not on_gpu(ctx.backend, arguments[1].device)
     *sides, scalars = _BACKWARD.run(ctx.backend, grad_loss, *arguments, *wanted, in_kernel)
     by_side = (grad if want else None for grad, want in zip(sides, wanted, strict=True))
@@ -127,12 +129,12 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.wanted = (input_gradient, target_gradient, scalar_gradients)
     ctx.options = (dim, divergence, reduction, ignore_index, scalar_gradients)
     ctx.mark_non_differentiable(*(grad for grad, want in zip(output, ctx.wanted, strict=True) if not want))
-    _save(ctx, tuple(tensors), 2)
+    save_tensors(ctx, tuple(tensors), 2)
 
 
 def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate the gradients, to any order, through the closed forms of the reference."""
-    grad_output, _statistics, input, target, labels, temperature, weight, *others = _saved(ctx)
+    grad_output, _statistics, input, target, labels, temperature, weight, *others = restored(ctx)
     given = [v if want else None for v, want in zip(cotangents, ctx.wanted, strict=True)]
     if all(v is None for v in given):
         return (None,) * 16

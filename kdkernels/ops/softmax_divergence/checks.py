@@ -2,10 +2,12 @@
 
 import operator
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, int64
 
+from kdkernels.ops._autograd import savable
 from kdkernels.ops._checks import (
     check_choice,
     check_dense,
@@ -15,8 +17,7 @@ from kdkernels.ops._checks import (
     check_scalar,
     number_of,
 )
-
-REDUCTIONS = ("none", "mean", "sum", "batchmean")
+from kdkernels.ops._positions import REDUCTIONS
 
 
 def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int | None, reduction: str) -> int:
@@ -46,24 +47,96 @@ def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int 
     if reduction == "batchmean" and dim == 0 and input.dim() > 1:
         raise ValueError("reduction='batchmean' divides by the size of dimension 0, which holds the classes (dim=0)")
     if labels is not None:
-        positions = input.shape[:dim] + input.shape[dim + 1 :]
-        if not isinstance(labels, Tensor) or labels.dtype != int64:
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be a tensor of class indices, torch.int64, got {got}{_remedy(labels)}")
-        check_dense("labels", labels)
-        if labels.shape != positions:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; expected {tuple(positions)}, input's shape without dim {dim}"
-            )
-        check_same_device("input", input, "labels", labels)
+        _check_labels(labels, input, dim)
     if classes == 1:
         _warn_of_one_class(input, target, dim)
     return dim
 
 
+def _check_labels(labels: Tensor, input: Tensor, dim: int) -> None:
+    """Check class indices, one for each position, or the probability of each class."""
+    positions = input.shape[:dim] + input.shape[dim + 1 :]
+    soft = isinstance(labels, Tensor) and labels.is_floating_point()
+    if not isinstance(labels, Tensor) or (labels.dtype != int64 and not soft):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"labels must be a tensor of class indices, torch.int64, or of the probabilities of the classes, got {got}"
+            f"{_remedy(labels)}"
+        )
+    check_dense("labels", labels)
+    if soft:
+        check_floating("labels", labels)
+        if labels.shape != input.shape:
+            remedy = "; class indices are integers: pass labels.long()" if labels.shape == positions else ""
+            raise ValueError(
+                f"labels of dtype {labels.dtype} are probabilities, of shape {tuple(labels.shape)}; expected the shape "
+                f"of input, {tuple(input.shape)}{remedy}"
+            )
+    elif labels.shape != positions:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; expected {tuple(positions)}, input's shape without dim {dim}"
+        )
+    check_same_device("input", input, "labels", labels)
+
+
+def joined(
+    input: Tensor, target: Tensor, labels: Tensor | None, dim: int | Sequence[int] | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
+    """Return the tensors with the classes in one dimension where ``dim`` names several, and that dimension.
+
+    Several dimensions become the last one, in the order given: a view wherever their strides allow it.
+    """
+    if not isinstance(dim, (tuple, list)):
+        return input, target, labels, dim  # type: ignore[return-value]
+    check_floating("input", input)
+    check_floating("target", target)
+    check_same_shape("input", input, "target", target)
+    dims = [_integer(d) for d in dim]
+    if not dims or any(not -input.dim() <= d < input.dim() for d in dims):
+        raise ValueError(f"dim is {tuple(dims)}; expected dimensions of the {input.dim()}-dimensional input")
+    dims = [d % input.dim() for d in dims]
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"dim is {tuple(dim)}, which names a dimension twice")
+    if reduction == "batchmean" and 0 in dims and input.dim() > 1:
+        raise ValueError("reduction='batchmean' divides by the size of dimension 0, which is one of the classes'")
+
+    def with_classes_last(tensor: Tensor) -> Tensor:
+        return tensor.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims))
+
+    soft = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == input.shape
+    labels = with_classes_last(labels) if soft and labels is not None else labels
+    return with_classes_last(input), with_classes_last(target), labels, -1
+
+
+def checked_class_weight(
+    weight: Tensor | None, input: Tensor, labels: Tensor | None, dim: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Return the weight of each class as contiguous numbers in the dtype that is computed in, or raise."""
+    if weight is None:
+        return None
+    check_floating("class_weight", weight)
+    if labels is None:
+        raise ValueError("class_weight applies to the cross-entropy, but there are no labels; pass labels")
+    classes = input.shape[dim]
+    if weight.shape != (classes,):
+        raise ValueError(f"class_weight has shape {tuple(weight.shape)}; expected one weight per class, ({classes},)")
+    check_same_device("input", input, "class_weight", weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("class_weight requires grad, but no gradient is computed for it; detach it")
+    return savable(weight.detach().to(dtype).contiguous())
+
+
+def checked_smoothing(smoothing: float | Tensor, input: Tensor, labels: Tensor | None) -> float | Tensor:
+    """Return the share of the uniform distribution in the labels, or raise."""
+    smoothing = check_scalar("label_smoothing", smoothing, input, minimum=0, maximum=1)
+    if labels is None and (number := number_of(smoothing)) != 0:
+        raise ValueError(f"label_smoothing is {number!r}, but there are no labels; pass labels or leave it out")
+    return smoothing
+
+
 def _integer(dim: object) -> int:
     if not hasattr(dim, "__index__"):
-        raise TypeError(f"dim must be an integer or None, got {dim!r}")
+        raise TypeError(f"dim must be an integer, a tuple of integers or None, got {dim!r}")
     return operator.index(dim)
 
 

@@ -7,7 +7,7 @@
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -73,9 +73,8 @@ def passes(device_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> tupl
     return (3, 0) if saves else (2, 3)
 
 
-def scaled(gradient: Tensor, grad_loss: Tensor, ctx: Any) -> Tensor:
+def scaled(gradient: Tensor, grad_loss: Tensor, dim: int, reduction: str) -> Tensor:
     """Multiply a saved gradient by the incoming one, unless that is 1, as in ``loss.backward()``."""
-    dim, _, reduction, _ = ctx.options
     if reduction == "none":
         return gradient * grad_loss.unsqueeze(dim)
     try:

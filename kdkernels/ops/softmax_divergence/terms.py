@@ -1,0 +1,140 @@
+"""Divergences of a student from teachers of every kind, with their closed-form derivatives: part of the reference."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops import _registry
+from kdkernels.ops.softmax_divergence import reference
+
+TARGET_TYPES = ("logits", "log_probs", "probs")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The divergence of each position, and its derivatives.
+
+    Attributes:
+        value: Divergence of each position.
+        student: T times the derivative by the student's logits.
+        teacher: ``target_temperature`` times the derivative by the target.
+        target_temperature: T if the target is logits, else 1.
+        by_temperature: Derivative by T.
+        log_p: The teacher's log-probabilities.
+        label_term: A term of the labels that takes the place of the cross-entropy, if there is one.
+        label_student: Its derivative by the student's logits.
+        label_teacher: Its derivative by the target.
+        label_by_temperature: Its derivative by T.
+
+    """
+
+    value: Tensor
+    student: Tensor
+    teacher: Tensor
+    target_temperature: Tensor
+    by_temperature: Tensor
+    log_p: Tensor
+    label_term: Tensor | None = None
+    label_student: Tensor | None = None
+    label_teacher: Tensor | None = None
+    label_by_temperature: Tensor | None = None
+
+
+def needs_unit_mass(divergence: str) -> bool:
+    """Tell whether a divergence is defined for probabilities that sum to 1 only."""
+    return divergence not in ("forward_kl", "soft_cross_entropy", "entropy")
+
+
+def kernel_differentiates_target(divergence: str) -> bool:
+    """Tell whether the kernels compute the gradient of a teacher's logits."""
+    return divergence in ("forward_kl", "reverse_kl", "js", "clamped_js")
+
+
+def mass_tolerance(dtype: torch.dtype) -> float:
+    """Return how far from 1 probabilities of a dtype may sum to: what rounding them makes likely."""
+    return 1e-3 if dtype.itemsize >= 4 else 2e-2
+
+
+def check_mass(target: Tensor, target_type: str, dim: int, position_weight: Tensor | None) -> None:
+    """Raise if probabilities that may be read here do not sum to 1."""
+    if not _registry.values_are_visible(target):
+        return
+    probabilities = target.detach().double()
+    mass = (probabilities.exp() if target_type == "log_probs" else probabilities).sum(dim)
+    bad = (mass - 1).abs() > mass_tolerance(target.dtype)
+    if position_weight is not None:
+        bad = bad & (position_weight != 0)
+    if bad.any():
+        first = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"the probabilities of target at position {first} (in flattened order) sum to "
+            f"{mass.flatten()[first].item():g}; this divergence needs a sum of 1: normalize them, or use the forward "
+            "KL divergence"
+        )
+
+
+def _log(probability: Tensor) -> Tensor:
+    """Return the logarithm, -inf at 0 without a derivative there, and NaN below."""
+    positive = probability != 0
+    return torch.where(positive, torch.where(positive, probability, 1.0).log(), -math.inf)
+
+
+def _zero_if_masked(logits: Tensor) -> Tensor:
+    return torch.where(logits == -math.inf, 0.0, logits)
+
+
+def relative(logits: Tensor, dim: int) -> Tensor:
+    """Return logits relative to the maximum of their row, and 0 where they are -inf."""
+    largest = logits.detach().amax(dim, keepdim=True)
+    return torch.where(logits == -math.inf, 0.0, torch.where(logits == -math.inf, largest, logits) - largest)
+
+
+def divided(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Return the logits divided by the temperature; where they are -inf, they do not depend on it."""
+    return torch.where(logits == -math.inf, -math.inf, _zero_if_masked(logits) / temperature)
+
+
+def _given_probabilities(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Return value, T times the student's gradient, and the derivative by ln p of a target of probabilities."""
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward_kl":
+        unbounded = (p > 0) & (log_q == -math.inf)
+        ratio = torch.where((p > 0) & ~unbounded, log_p - log_q, 0.0)
+        value = torch.where(unbounded.any(dim), math.inf, (p * ratio).sum(dim))
+        return value, p.sum(dim, keepdim=True) * q - p, torch.where(p > 0, p * (ratio + 1), 0.0)
+    value = reference.divergence_of(kind, log_q, log_p, beta, dim)
+    student, _ = reference.gradients_of(kind, log_q, log_p, beta, dim)
+    if kind == "reverse_kl":
+        return value, student, -q
+    if kind == "clamped_js":
+        return value, student, p * reference.clamped_slopes(log_q, log_p)[1]
+    inner, log_m = reference.interior(log_q, log_p, beta)
+    js = torch.where(p > 0, p * inner * torch.where(p > 0, log_p - log_m, 0.0), 0.0)
+    at_0, at_1 = (_given_probabilities(end, log_q, log_p, beta, dim)[2] for end in ("forward_kl", "reverse_kl"))
+    return value, student, torch.where(beta == 0, at_0, torch.where(beta == 1, at_1, js))
+
+
+def pair(
+    kind: str, logits: Tensor, target: Tensor, target_type: str, temperature: Tensor, beta: Tensor, dim: int,
+    index: Tensor | None,
+) -> Pair:  # fmt: skip
+    """Return the divergence of a kind, and its derivatives; ``index`` is the class of each position, if any."""
+    log_q = torch.log_softmax(divided(logits, temperature), dim)
+    by_target = torch.zeros_like(log_q)
+    if target_type == "logits":
+        log_p = torch.log_softmax(divided(target, temperature), dim)
+        value = reference.divergence_of(kind, log_q, log_p, beta, dim)
+        student, teacher = reference.gradients_of(kind, log_q, log_p, beta, dim)
+        by_target = relative(target, dim) * teacher
+    else:
+        log_p = target if target_type == "log_probs" else _log(target)
+        value, student, teacher = _given_probabilities(kind, log_q, log_p, beta, dim)
+        if target_type == "probs":
+            zero = target == 0
+            teacher = torch.where(zero, 0.0, teacher / torch.where(zero, 1.0, target))
+    by_temperature = -(relative(logits, dim) * student + by_target).sum(dim) / temperature**2
+    by_temperature = torch.where(value == math.inf, 0.0, by_temperature)
+    own = temperature if target_type == "logits" else torch.ones_like(temperature)
+    return Pair(value, student, teacher, own, by_temperature, log_p)
