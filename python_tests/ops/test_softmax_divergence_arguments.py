@@ -96,7 +96,7 @@ def test_dimensions_of_every_kind(dim):
     torch.testing.assert_close(kl_div_with_logits(s, t, dim=dim), kl_div_with_logits(s.t(), t.t()))
 
 
-@pytest.mark.parametrize("dim", [1.0, "1", (0, 1)], ids=repr)
+@pytest.mark.parametrize("dim", [1.0, "1", (0, 1.0)], ids=repr)
 def test_what_is_no_dimension_is_refused(dim):
     with pytest.raises(TypeError, match="dim must be an integer, a tuple of integers or None, got "):
         kl_div_with_logits(torch.randn(3, 5), torch.randn(3, 5), dim=dim)

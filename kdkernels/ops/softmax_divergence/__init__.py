@@ -69,7 +69,7 @@ def kl_div_with_logits(
         target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``. The temperature divides logits
             only: of a teacher given by probabilities it divides the student alone. Probabilities whose sum is not 1
             give exactly the formula above, with the derivative :math:`((\sum_c p_c) q - p) / T`; with ``reverse=True``
-            they raise if the sum is off by more than 1e-3 (2e-2 in 16 bits).
+            they are normalized, and raise if the sum is off by more than 1e-3 (2e-2 in 16 bits).
         position_weight: Weight w of each position, boolean (a mask) or floating-point, in the shape of ``input``
             without the classes. A position of weight 0 counts for nothing, even if its logits are NaN.
         standardize: Whether to give the logits of each position mean 0 and unbiased standard deviation 1 first
@@ -158,7 +158,7 @@ def js_div_with_logits(
         dim: Class dimension, or a tuple of them, as in :func:`kl_div_with_logits`.
         legacy_clamp: Whether to compute the published clamped form; it is defined for ``beta=0.5`` only.
         target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``, which the temperature does not
-            divide. Probabilities must sum to 1, up to 1e-3 (2e-2 in 16 bits).
+            divide. Probabilities must sum to 1, up to 1e-3 (2e-2 in 16 bits), and are normalized.
         position_weight: Weight of each position, boolean or floating-point, as in :func:`kl_div_with_logits`.
         standardize: Whether to standardize the logits of each position first, as in :func:`kl_div_with_logits`.
         reduction: ``"none"``, ``"mean"`` (weighted, over positions), ``"sum"`` or ``"batchmean"`` (sum /

@@ -71,11 +71,6 @@ class _Clamped:
         return through_m - self.q_inside * self.m / self.q / 2, through_m - self.p_inside * self.m / self.p / 2
 
 
-def clamped_slopes(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of the published competition term with respect to the probabilities q and p."""
-    return _Clamped(log_q, log_p).slopes()
-
-
 def divergence_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int) -> Tensor:
     """Return the divergence of each position."""
     if kind == "forward_kl":
@@ -84,7 +79,7 @@ def divergence_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: in
         return _kl_div(log_q, log_p, dim)
     if kind == "clamped_js":
         return _Clamped(log_q, log_p).value(dim)
-    inner, log_m = interior(log_q, log_p, beta)
+    inner, log_m = _interior(log_q, log_p, beta)
     js = inner * _kl_div(log_p, log_m, dim) + (1 - inner) * _kl_div(log_q, log_m, dim)
     at_0 = divergence_of("forward_kl", log_q, log_p, beta, dim)
     at_1 = divergence_of("reverse_kl", log_q, log_p, beta, dim)
@@ -101,7 +96,7 @@ def gradients_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int
     if kind == "clamped_js":
         q_slope, p_slope = _Clamped(log_q, log_p).slopes()
         return _softmax_gradient(log_q, q_slope, dim), _softmax_gradient(log_p, p_slope, dim)
-    inner, log_m = interior(log_q, log_p, beta)
+    inner, log_m = _interior(log_q, log_p, beta)
     js = (
         (1 - inner) * _softmax_gradient(log_q, log_q - log_m, dim),
         inner * _softmax_gradient(log_p, log_p - log_m, dim),
@@ -115,7 +110,7 @@ def gradients_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int
     return q_side, p_side
 
 
-def interior(log_q: Tensor, log_p: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def _interior(log_q: Tensor, log_p: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Return beta, replaced by 1/2 at the endpoints, which have separate formulas, and the log of the mean."""
     inner = torch.where((beta == 0) | (beta == 1), 0.5, beta)
     return inner, _log_mean(log_q, log_p, inner)

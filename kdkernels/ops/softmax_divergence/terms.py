@@ -96,24 +96,13 @@ def divided(logits: Tensor, temperature: Tensor) -> Tensor:
     return torch.where(logits == -math.inf, -math.inf, _zero_if_masked(logits) / temperature)
 
 
-def _given_probabilities(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """Return value, T times the student's gradient, and the derivative by ln p of a target of probabilities."""
+def _forward_kl(log_q: Tensor, log_p: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return KL(p || q) of probabilities p with any sum, T times the student's gradient, and the derivative by ln p."""
     p, q = log_p.exp(), log_q.exp()
-    if kind == "forward_kl":
-        unbounded = (p > 0) & (log_q == -math.inf)
-        ratio = torch.where((p > 0) & ~unbounded, log_p - log_q, 0.0)
-        value = torch.where(unbounded.any(dim), math.inf, (p * ratio).sum(dim))
-        return value, p.sum(dim, keepdim=True) * q - p, torch.where(p > 0, p * (ratio + 1), 0.0)
-    value = reference.divergence_of(kind, log_q, log_p, beta, dim)
-    student, _ = reference.gradients_of(kind, log_q, log_p, beta, dim)
-    if kind == "reverse_kl":
-        return value, student, -q
-    if kind == "clamped_js":
-        return value, student, p * reference.clamped_slopes(log_q, log_p)[1]
-    inner, log_m = reference.interior(log_q, log_p, beta)
-    js = torch.where(p > 0, p * inner * torch.where(p > 0, log_p - log_m, 0.0), 0.0)
-    at_0, at_1 = (_given_probabilities(end, log_q, log_p, beta, dim)[2] for end in ("forward_kl", "reverse_kl"))
-    return value, student, torch.where(beta == 0, at_0, torch.where(beta == 1, at_1, js))
+    unbounded = (p > 0) & (log_q == -math.inf)
+    ratio = torch.where((p > 0) & ~unbounded, log_p - log_q, 0.0)
+    value = torch.where(unbounded.any(dim), math.inf, (p * ratio).sum(dim))
+    return value, p.sum(dim, keepdim=True) * q - p, torch.where(p > 0, p * (ratio + 1), 0.0)
 
 
 def pair(
@@ -124,16 +113,20 @@ def pair(
     log_q = torch.log_softmax(divided(logits, temperature), dim)
     by_target = torch.zeros_like(log_q)
     if target_type == "logits":
-        log_p = torch.log_softmax(divided(target, temperature), dim)
-        value = reference.divergence_of(kind, log_q, log_p, beta, dim)
-        student, teacher = reference.gradients_of(kind, log_q, log_p, beta, dim)
-        by_target = relative(target, dim) * teacher
+        log_p = divided(target, temperature)
     else:
         log_p = target if target_type == "log_probs" else _log(target)
-        value, student, teacher = _given_probabilities(kind, log_q, log_p, beta, dim)
-        if target_type == "probs":
-            zero = target == 0
-            teacher = torch.where(zero, 0.0, teacher / torch.where(zero, 1.0, target))
+    if target_type == "logits" or needs_unit_mass(kind):
+        normalized = torch.log_softmax(log_p, dim)
+        value = reference.divergence_of(kind, log_q, normalized, beta, dim)
+        student, teacher = reference.gradients_of(kind, log_q, normalized, beta, dim)
+    else:
+        value, student, teacher = _forward_kl(log_q, log_p, dim)
+    if target_type == "logits":
+        log_p = normalized
+        by_target = relative(target, dim) * teacher
+    elif target_type == "probs":
+        teacher = torch.where(target == 0, 0.0, teacher / torch.where(target == 0, 1.0, target))
     by_temperature = -(relative(logits, dim) * student + by_target).sum(dim) / temperature**2
     by_temperature = torch.where(value == math.inf, 0.0, by_temperature)
     own = temperature if target_type == "logits" else torch.ones_like(temperature)
