@@ -73,10 +73,15 @@ class SoftmaxPreparation {
   // The uninitialized loss: a number, or one per position
   Tensor new_loss(const SoftmaxTensors& given) const {
     std::vector<int64_t> shape;
-    for (int64_t d = 0; given.reduction == "none" && d < given.input.dim(); ++d) {
-      if (d != dim_) shape.push_back(given.input.size(d));
-    }
+    if (given.reduction == "none") shape = positions_of(given.input);
     return torch::stable::new_empty(given.input, shape, dtype());
+  }
+
+  // The shape of a row for each part of the loss
+  std::vector<int64_t> parts_shape(const Tensor& input) const {
+    std::vector<int64_t> shape = positions_of(input);
+    shape.insert(shape.begin(), 6);
+    return shape;
   }
 
   // `grad_output` must outlive the call.
@@ -89,6 +94,14 @@ class SoftmaxPreparation {
   }
 
  private:
+  std::vector<int64_t> positions_of(const Tensor& input) const {
+    std::vector<int64_t> shape;
+    for (int64_t d = 0; d < input.dim(); ++d) {
+      if (d != dim_) shape.push_back(input.size(d));
+    }
+    return shape;
+  }
+
   int64_t dim_;
   SoftmaxLayout<max_dims> layout_;
   std::optional<Tensor> labels_;

@@ -49,7 +49,7 @@ inline void count_divergence(const Logits& logits, Storage storage, const std::s
     arguments.label_weight = 0.5;
   }
   cpu::SoftmaxCall call(logits.layout(storage), arguments);
-  call.normalizer = 1.0 / double(call.positions);
+  call.divergence_normalizer = call.label_normalizer = 1.0 / double(call.positions);
   call.operand[student].data = input.data();
   call.operand[teacher].data = target.data();
   const std::string what = divergence + (with_labels ? " and labels, " : ", ") + logits.name + ", " + name_of(storage);

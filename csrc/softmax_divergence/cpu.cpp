@@ -1,10 +1,12 @@
 // Divergences between softmax distributions, with the cross-entropy of hard labels, in one pass over memory.
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "core/cpu/memory.h"
 #include "core/cpu/parallel.h"
+#include "core/cpu/position_weight.h"
 #include "softmax_divergence/binding.h"
 #include "softmax_divergence/plan.h"
 
@@ -13,31 +15,59 @@ namespace {
 
 using Preparation = SoftmaxPreparation<double>;
 
-// The number of labels that count. All are read before anything else, because each must be a class.
-int64_t count_kept(const SoftmaxArguments<double>& call, int64_t positions, int64_t classes) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < positions; ++i) {
-    const int64_t label = call.labels[i];
-    if (label == call.ignored_label) continue;
-    if (label < 0 || label >= classes) {
-      throw std::out_of_range("labels[" + std::to_string(i) + "] (in flattened order) is " + std::to_string(label) +
-                              "; expected a class from 0 to " + std::to_string(classes - 1) + " or ignore_index " +
-                              std::to_string(call.ignored_label));
-    }
-    ++kept;
+// Checks every number that counts before anything is computed, and sets what the two terms are multiplied by.
+template <class S>
+void set_normalizers(SoftmaxCall& call) {
+  const S* const position_weight = static_cast<const S*>(call.position_weight);
+  const S* const class_weight = static_cast<const S*>(call.class_weight);
+  if (class_weight != nullptr) sum_of_weights("class_weight", class_weight, call.classes);
+  double divergence = double(call.positions), labels = divergence;
+  if (position_weight != nullptr) {
+    divergence = labels = sum_of_weights("position_weight", position_weight, call.positions);
   }
-  return kept;
+  if (call.labels != nullptr) {
+    double kept = labels = 0;
+    for (int64_t i = 0; i < call.positions; ++i) {
+      const double weight = position_weight == nullptr ? 1.0 : double(position_weight[i]);
+      const int64_t label = call.labels[i];
+      if (label == call.ignored_label || weight == 0) continue;
+      if (label < 0 || label >= call.classes) {
+        throw std::out_of_range("labels[" + std::to_string(i) + "] (in flattened order) is " + std::to_string(label) +
+                                "; expected a class from 0 to " + std::to_string(call.classes - 1) +
+                                " or ignore_index " + std::to_string(call.ignored_label));
+      }
+      kept += weight;
+      labels += weight * (class_weight == nullptr ? 1.0 : double(class_weight[label]));
+    }
+    if (call.ignored_by_divergence) divergence = kept;
+  }
+  const bool by_weights = call.divide_by_weights || call.divide_by_kept;
+  call.divergence_normalizer = math::inverse(by_weights ? divergence : call.divisor);
+  call.label_normalizer = math::inverse(by_weights ? labels : call.divisor);
 }
 
 SoftmaxCall call_of(const Preparation& preparation) {
   SoftmaxCall call(preparation.layout(), preparation.arguments);
-  const int64_t kept = call.labels == nullptr ? 0 : count_kept(call, call.positions, call.classes);
-  call.normalizer = math::inverse(call.divide_by_kept ? double(kept) : call.divisor);
+  dispatch_compute_type(call.is_double, [&](auto type) { set_normalizers<typename decltype(type)::type>(call); });
   return call;
 }
 
 double run(const SoftmaxCall& call) {
   return sum_over_chunks(call.chunks(), [&](int64_t begin, int64_t end) { return softmax_tiles(call, begin, end); });
+}
+
+// Computes the loss of a call that is complete but for where the losses of the positions go.
+Tensor loss_of(SoftmaxCall& call, const Preparation& preparation, const SoftmaxTensors& given) {
+  Tensor loss = preparation.new_loss(given);
+  void* const loss_data = loss.mutable_data_ptr();
+  if (given.reduction == "none") call.position_loss = loss_data;
+  const double total = run(call);
+  if (given.reduction == "none") return loss;
+  dispatch_compute_type(call.is_double, [&](auto type) {
+    using S = typename decltype(type)::type;
+    *static_cast<S*>(loss_data) = S(total);
+  });
+  return loss;
 }
 
 std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::optional<Tensor> labels,
@@ -48,19 +78,10 @@ std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::
   const SoftmaxTensors given{input, target, labels,     temperature, divergence_weight, label_weight,
                              beta,  dim,    divergence, reduction,   ignore_index};
   Preparation preparation(given, read_scalar);
-  Tensor loss = preparation.new_loss(given);
-  Tensor gradient = save == "gradient" ? new_output(input) : nothing(loss);
+  Tensor gradient = save == "gradient" ? new_output(input) : nothing(input);
   if (save == "gradient") preparation.add(student_gradient, gradient);
   SoftmaxCall call = call_of(preparation);
-  void* const loss_data = loss.mutable_data_ptr();
-  if (reduction == "none") call.position_loss = loss_data;
-  const double total = run(call) * call.normalizer;
-  if (reduction == "none") return {loss, gradient};
-  dispatch_compute_type(call.is_double, [&](auto type) {
-    using S = typename decltype(type)::type;
-    *static_cast<S*>(loss_data) = S(total);
-  });
-  return {loss, gradient};
+  return {loss_of(call, preparation, given), gradient};
 }
 
 // Adds up the derivatives of the loss by the temperature and by the weight of the divergence.
@@ -71,7 +92,7 @@ void sum_scalar_gradients(const SoftmaxCall& call, S* result) {
   double temperature = 0, weight = 0;
   for (int64_t i = 0; i < call.positions && call.divergence_weight != 0; ++i) {
     if (call.labels != nullptr && call.labels[i] == call.ignored_label) continue;
-    const double grad = double(grad_output[i * call.grad_stride]) * call.normalizer;
+    const double grad = double(grad_output[i * call.grad_stride]) * call.divergence_normalizer;
     temperature += grad * call.divergence_weight * double(by_temperature[i]);
     weight += grad * double(by_temperature[call.positions + i]);
   }
@@ -109,10 +130,132 @@ std::tuple<Tensor, Tensor, Tensor> softmax_divergence_backward(
   return {grad_input, grad_target, result};
 }
 
+// The arguments that softmax_loss and its backward have in common
+struct LossTensors {
+  SoftmaxTensors shared;
+  const std::optional<Tensor>&labels, &position_weight, &class_weight;
+  const Tensor& label_smoothing;
+  const std::string& target_type;
+  bool ignored_by_divergence;
+};
+
+// Adds what only softmax_loss has. The tensors must outlive the call.
+class LossPreparation : public Preparation {
+ public:
+  explicit LossPreparation(const LossTensors& given) : Preparation(given.shared, read_scalar) {
+    for (const auto* weight : {&given.position_weight, &given.class_weight}) {
+      STD_TORCH_CHECK(!*weight || ((*weight)->scalar_type() == dtype() && (*weight)->is_contiguous()),
+                      "weights must be contiguous, in the dtype of the loss");
+    }
+    arguments.position_weight = data_of(given.position_weight);
+    arguments.class_weight = data_of(given.class_weight);
+    arguments.label_smoothing = read_scalar(given.label_smoothing);
+    if (!(arguments.label_smoothing >= 0 && arguments.label_smoothing <= 1)) {
+      throw std::invalid_argument("label_smoothing must be in [0, 1], got " +
+                                  std::to_string(arguments.label_smoothing));
+    }
+    arguments.ignored_by_divergence = given.ignored_by_divergence;
+    arguments.target_type = given.target_type == "log_probs" ? TargetType::log_probs
+                            : given.target_type == "probs"   ? TargetType::probs
+                                                             : TargetType::logits;
+    arguments.divide_by_weights = given.shared.reduction == "mean";
+    if (given.labels && !given.shared.labels) {
+      probabilities_ = dense(given.labels);
+      arguments.label_probabilities = probabilities_->const_data_ptr();
+      arguments.label_storage = storage_of(*probabilities_);
+      for (int64_t d = given.shared.dim + 1; d < probabilities_->dim(); ++d) {
+        arguments.label_class_stride *= probabilities_->size(d);
+      }
+    }
+  }
+
+ private:
+  std::optional<Tensor> probabilities_;
+};
+
+bool needs_unit_mass(const SoftmaxCall& call) { return call.target_type != TargetType::logits && !call.any_sum; }
+
+// Throws unless the probabilities of every position sum to 1, up to what rounding them makes likely.
+void check_masses(const SoftmaxCall& call) {
+  const double tolerance = size_of(call.operand[teacher].storage) >= 4 ? 1e-3 : 2e-2;
+  dispatch_compute_type(call.is_double, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const S* const masses = static_cast<const S*>(call.masses);
+    for (int64_t i = 0; i < call.positions; ++i) {
+      if (std::abs(double(masses[i]) - 1) > tolerance) {
+        throw std::invalid_argument("the probabilities of target at position " + std::to_string(i) +
+                                    " (in flattened order) sum to " + std::to_string(double(masses[i])) +
+                                    "; this divergence needs a sum of 1: normalize them, or use the forward KL "
+                                    "divergence");
+      }
+    }
+  });
+}
+
+// Class indices, or nothing where labels are probabilities
+std::optional<Tensor> hard_labels(const std::optional<Tensor>& labels) {
+  return labels && labels->scalar_type() == ScalarType::Long ? labels : std::nullopt;
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_loss(Tensor input, Tensor target, std::optional<Tensor> labels,
+                                                std::optional<Tensor> position_weight,
+                                                std::optional<Tensor> class_weight, Tensor temperature,
+                                                Tensor divergence_weight, Tensor label_weight, Tensor beta,
+                                                Tensor label_smoothing, int64_t dim, std::string divergence,
+                                                std::string target_type, std::string reduction, int64_t ignore_index,
+                                                bool ignored_by_divergence, bool parts, std::string save) {
+  const std::optional<Tensor> hard = hard_labels(labels);
+  const SoftmaxTensors shared{input, target, hard,       temperature, divergence_weight, label_weight,
+                              beta,  dim,    divergence, reduction,   ignore_index};
+  LossPreparation preparation(
+      {shared, labels, position_weight, class_weight, label_smoothing, target_type, ignored_by_divergence});
+  Tensor gradient = save == "gradient" ? new_output(input) : nothing(input);
+  if (save == "gradient") preparation.add(student_gradient, gradient);
+  SoftmaxCall call = call_of(preparation);
+  Tensor every_part = nothing(input);
+  if (parts) {
+    every_part = torch::stable::new_empty(input, preparation.parts_shape(input), preparation.dtype());
+    call.parts = every_part.mutable_data_ptr();
+  }
+  const int64_t checked = needs_unit_mass(call) ? call.positions : 0;
+  const Tensor masses = torch::stable::new_empty(input, std::array<int64_t, 1>{checked}, preparation.dtype());
+  if (checked > 0) call.masses = masses.mutable_data_ptr();
+  Tensor loss = loss_of(call, preparation, shared);
+  if (checked > 0) check_masses(call);
+  return {loss, gradient, every_part};
+}
+
+std::tuple<Tensor, Tensor> softmax_loss_backward(Tensor grad_output, Tensor input, Tensor target,
+                                                 std::optional<Tensor> labels, std::optional<Tensor> position_weight,
+                                                 std::optional<Tensor> class_weight, Tensor temperature,
+                                                 Tensor divergence_weight, Tensor label_weight, Tensor beta,
+                                                 Tensor label_smoothing, int64_t dim, std::string divergence,
+                                                 std::string target_type, std::string reduction, int64_t ignore_index,
+                                                 bool ignored_by_divergence, bool input_gradient,
+                                                 bool target_gradient) {
+  const std::optional<Tensor> hard = hard_labels(labels);
+  const SoftmaxTensors shared{input, target, hard,       temperature, divergence_weight, label_weight,
+                              beta,  dim,    divergence, reduction,   ignore_index};
+  LossPreparation preparation(
+      {shared, labels, position_weight, class_weight, label_smoothing, target_type, ignored_by_divergence});
+  preparation.check_grad_output(grad_output);
+  STD_TORCH_CHECK(!target_gradient || target_type == "logits", "the kernels differentiate teachers given by logits");
+  Tensor grad_input = input_gradient ? new_output(input) : nothing(input);
+  Tensor grad_target = target_gradient ? new_output(target) : nothing(target);
+  if (input_gradient) preparation.add(student_gradient, grad_input);
+  if (target_gradient) preparation.add(teacher_gradient, grad_target);
+  const Tensor grad = torch::stable::contiguous(grad_output);
+  preparation.set_grad_output(grad, reduction);
+  run(call_of(preparation));
+  return {grad_input, grad_target};
+}
+
 }  // namespace
 }  // namespace kdkernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("softmax_divergence.native", TORCH_BOX(&kdkernels::cpu::softmax_divergence));
   m.impl("softmax_divergence_backward.native", TORCH_BOX(&kdkernels::cpu::softmax_divergence_backward));
+  m.impl("softmax_loss.native", TORCH_BOX(&kdkernels::cpu::softmax_loss));
+  m.impl("softmax_loss_backward.native", TORCH_BOX(&kdkernels::cpu::softmax_loss_backward));
 }

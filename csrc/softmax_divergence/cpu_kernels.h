@@ -9,19 +9,27 @@
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
-// The factor of the gradient at a position: grad_output and the weight of the term
+// How much a position counts in the two terms of the loss
+struct PositionWeights {
+  double divergence, labels;
+};
+
 template <class S>
-KDKERNELS_INLINE S scale_of(const SoftmaxCall& call, int64_t position, double weight) {
-  const S* grad_output = static_cast<const S*>(call.grad_output);
-  const double grad = grad_output == nullptr ? 1.0 : double(grad_output[position * call.grad_stride]);
-  return S(grad * weight * call.normalizer);
+KDKERNELS_INLINE PositionWeights weights_of(const SoftmaxCall& call, int64_t position) {
+  const auto* const weights = static_cast<const S*>(call.position_weight);
+  const double weight = weights == nullptr ? 1.0 : double(weights[position]);
+  const bool ignored = call.labels != nullptr && call.labels[position] == call.ignored_label;
+  return {ignored && call.ignored_by_divergence ? 0.0 : weight, ignored ? 0.0 : weight};
 }
 
-KDKERNELS_INLINE bool is_ignored(const SoftmaxCall& call, int64_t position) {
-  return call.labels != nullptr && call.labels[position] == call.ignored_label;
+// The incoming gradient of a position
+template <class S>
+KDKERNELS_INLINE double grad_of(const SoftmaxCall& call, int64_t position) {
+  const S* const grad_output = static_cast<const S*>(call.grad_output);
+  return grad_output == nullptr ? 1.0 : double(grad_output[position * call.grad_stride]);
 }
 
-// The logits of an ignored position must not matter, even if they are NaN.
+// The logits of a position that does not count must not matter, even if they are NaN.
 template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void clear_position(Group<classes_in_lanes, V>& group, int l) {
   const int k = classes_in_lanes ? l : 0;
@@ -43,34 +51,59 @@ template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void prepare_group(const SoftmaxCall& call, Group<classes_in_lanes, V>& group, int64_t position,
                                     int count) {
   using S = Scalar<V>;
-  const bool alike = call.grad_stride == 0;
-  group.scale = splat<V>(scale_of<S>(call, 0, call.divergence_weight));
-  group.hard_scale = splat<V>(scale_of<S>(call, 0, call.label_weight));
-  for (int l = 0; l < count && (!alike || call.labels != nullptr); ++l) {
-    if (is_ignored(call, position + l)) {
-      clear_position(group, l);
-      set_lane(group.scale, l, 0);
-      set_lane(group.hard_scale, l, 0);
-      continue;
-    }
-    if (call.labels != nullptr) set_lane(group.label, l, call.labels[position + l]);
-    if (alike) continue;
-    set_lane(group.scale, l, scale_of<S>(call, position + l, call.divergence_weight));
-    set_lane(group.hard_scale, l, scale_of<S>(call, position + l, call.label_weight));
+  const double of_divergence = call.divergence_weight * call.divergence_normalizer;
+  const double of_labels = call.label_weight * call.label_normalizer;
+  const bool alike = call.grad_stride == 0 && call.labels == nullptr && call.position_weight == nullptr;
+  const double first = grad_of<S>(call, 0);
+  group.scale = splat<V>(S(first * of_divergence));
+  group.hard_scale = splat<V>(S(first * of_labels));
+  for (int l = 0; l < count && !alike; ++l) {
+    const PositionWeights weights = weights_of<S>(call, position + l);
+    if (weights.divergence == 0 && weights.labels == 0) clear_position(group, l);
+    const double grad = grad_of<S>(call, position + l);
+    set_lane(group.scale, l, weights.divergence == 0 ? 0 : grad * weights.divergence * of_divergence);
+    set_lane(group.hard_scale, l, weights.labels == 0 ? 0 : grad * weights.labels * of_labels);
+    if (call.labels != nullptr && weights.labels != 0) set_lane(group.label, l, call.labels[position + l]);
   }
 }
 
+template <class S>
+[[gnu::noinline]] void write_parts(const SoftmaxCall& call, int64_t position, bool counted, const double (&values)[6]) {
+  S* const parts = static_cast<S*>(call.parts);
+  for (int part = 0; part < 6; ++part) parts[part * call.positions + position] = S(counted ? values[part] : 0);
+}
+
+// Returns the sum of the losses of a group, and writes what is asked for of each position.
 template <bool classes_in_lanes, class V>
-KDKERNELS_INLINE double losses_of(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group, int64_t position,
-                                  int count) {
+KDKERNELS_INLINE double losses_of(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group,
+                                  const SoftmaxOptions<Scalar<V>>& options, int64_t position, int count) {
+  using S = Scalar<V>;
   double total = 0;
   for (int l = 0; l < count; ++l) {
+    const PositionWeights weights = weights_of<S>(call, position + l);
+    const double divergence = double(lane(group.divergence, l)), labels = double(lane(group.cross_entropy, l));
     double loss = 0;
-    if (!is_ignored(call, position + l)) {
-      if (call.divergence_weight != 0) loss += call.divergence_weight * double(lane(group.divergence, l));
-      if (call.label_weight != 0) loss += call.label_weight * double(lane(group.cross_entropy, l));
+    if (call.divergence_weight != 0 && weights.divergence != 0) {
+      loss += weights.divergence * call.divergence_weight * call.divergence_normalizer * divergence;
     }
-    if (call.position_loss != nullptr) static_cast<Scalar<V>*>(call.position_loss)[position + l] = Scalar<V>(loss);
+    if (call.label_weight != 0 && weights.labels != 0) {
+      loss += weights.labels * call.label_weight * call.label_normalizer * labels;
+    }
+    if (call.position_loss != nullptr) static_cast<S*>(call.position_loss)[position + l] = S(loss);
+    const bool counted = weights.divergence != 0 || weights.labels != 0;
+    if (call.masses != nullptr) static_cast<S*>(call.masses)[position + l] = counted ? lane(group.mass, l) : S(1);
+    if (options.parts) {
+      const auto logsumexp = [&](const V& largest, const V& sum) {
+        return double(lane(largest, l)) / call.temperature + double(lane(math::log_positive(sum), l));
+      };
+      const double of_teacher = options.probabilities && lane(group.mass, l) == 0 ? -double(math::infinity<V>)
+                                                                                  : logsumexp(group.max_t, group.sum_t);
+      write_parts<S>(
+          call, position + l, counted,
+          {weights.labels != 0 && options.labels ? labels : 0,
+           weights.divergence != 0 && options.divergence ? divergence : 0, logsumexp(group.max_s, group.sum_s),
+           of_teacher, double(lane(group.entropy, l)), double(lane(group.agreement, l))});
+    }
     total += loss;
   }
   return total;
@@ -105,11 +138,11 @@ KDKERNELS_INLINE double compute_tile(const SoftmaxCall& call, const SoftmaxOptio
     prepare_group(call, group, tile.first + start, count);
     const FetchAhead<classes_in_lanes, V> ahead{next, strips};
     if (options.labels) {
-      process_group<divergence, true>(group, options, ahead);
+      process_group<divergence, true>(group, options, tile.first + start, count, ahead);
     } else {
-      process_group<divergence, false>(group, options, ahead);
+      process_group<divergence, false>(group, options, tile.first + start, count, ahead);
     }
-    total += losses_of(call, group, tile.first + start, count);
+    total += losses_of(call, group, options, tile.first + start, count);
     memory += group.strips * Strip<V>::arrays * group.vectors;
     strips += group.strips;
   }
@@ -133,6 +166,7 @@ KDKERNELS_INLINE Tile tile_at(const SoftmaxCall& call, int64_t item) {
   const int64_t rest = call.inner - first;
   Tile tile{run * call.inner + first, rest < call.tile ? rest : call.tile, call.classes, {}};
   for (int o = 0; o < operands; ++o) tile.place[o] = place_of(call.operand[o], call, run, first);
+  tile.place[teacher].changed = call.target_type != TargetType::logits;
   return tile;
 }
 
@@ -143,8 +177,13 @@ double compute_tiles(const SoftmaxCall& call, int64_t begin, int64_t end) {
   options.inverse_temperature = S(1 / call.temperature);
   options.beta = S(call.beta);
   options.reverse = call.reverse;
-  options.labels = call.labels != nullptr && call.label_weight != 0;
-  options.divergence = call.divergence_weight != 0;
+  options.call = &call;
+  options.general_labels = call.general_labels();
+  options.parts = call.parts != nullptr;
+  options.labels =
+      (call.labels != nullptr || call.label_probabilities != nullptr) && (call.label_weight != 0 || options.parts);
+  options.probabilities = call.target_type != TargetType::logits;
+  options.divergence = call.divergence_weight != 0 || options.parts;
   options.want_input_gradient = call.operand[student_gradient].data != nullptr;
   options.want_target_gradient = call.operand[teacher_gradient].data != nullptr;
 

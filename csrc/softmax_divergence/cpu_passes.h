@@ -4,12 +4,17 @@
 #include <utility>
 
 #include "softmax_divergence/cpu_group.h"
+#include "softmax_divergence/cpu_labels.h"
+#include "softmax_divergence/cpu_parts.h"
 #include "softmax_divergence/math.h"
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
 template <class S>
 struct SoftmaxOptions {
+  const SoftmaxCall* call;
+  bool general_labels, parts;
+  bool probabilities;  // whether the teacher is given by its probabilities, or their logarithms
   S inverse_temperature;
   S beta;
   bool reverse;     // KL(q || p) instead of KL(p || q)
@@ -252,18 +257,38 @@ KDKERNELS_INLINE void finish_pair(Group<classes_in_lanes, V>& group, const Softm
   }
 }
 
-// Runs all passes over a group. The gradients are multiplied by `scale` / T, and the part of the hard labels by
-// `hard_scale`.
+// Runs all passes over a group. The gradients are multiplied by `scale` / T, and the part of the labels by
+// `hard_scale`. `first` is the position of the first lane.
 template <Divergence divergence, bool labels, bool classes_in_lanes, class V, class Ahead>
 KDKERNELS_INLINE void process_group(Group<classes_in_lanes, V>& group, const SoftmaxOptions<Scalar<V>>& options,
-                                    const Ahead& ahead) {
+                                    int64_t first, int count, const Ahead& ahead) {
   find_maxima(group);
+  if (options.probabilities) group.max_t = select(group.max_t == -math::infinity<V>, V{}, group.max_t);
+  if (options.parts) find_parts(group, options.inverse_temperature);
   if constexpr (labels) {
-    for_each_label(group,
-                   [&](int l, int k, int64_t at) { set_lane(group.label_logit, l, group.student.logits[k][at]); });
+    if (options.general_labels) {
+      begin_general_labels(group, *options.call, first, count);
+    } else {
+      group.label_logit = group.max_s;  // where there is no label
+      for_each_label(group,
+                     [&](int l, int k, int64_t at) { set_lane(group.label_logit, l, group.student.logits[k][at]); });
+    }
   }
   find_numerators<labels>(group, options.inverse_temperature, ahead);
-  if constexpr (labels) find_cross_entropy(group);
+  if constexpr (labels) {
+    if (options.general_labels) {
+      finish_general_labels(group, *options.call);
+    } else {
+      find_cross_entropy(group);
+    }
+  }
+  const bool any_sum = options.probabilities && options.call->any_sum;
+  V log_mass{};
+  if (options.probabilities) {
+    log_mass = find_mass(group, options.inverse_temperature);
+    group.entropy = times_mass(group.mass, group.entropy, -log_mass);
+    if (any_sum) group.scale = group.scale * group.mass;
+  }
   if (!options.divergence) {
     const V zero{};
     for (int k = 0; k < group.strips; ++k) {
@@ -279,6 +304,7 @@ KDKERNELS_INLINE void process_group(Group<classes_in_lanes, V>& group, const Sof
   } else {
     finish_kl<labels, false>(group, options);
   }
+  if (any_sum) group.divergence = times_mass(group.mass, group.divergence, log_mass);
 }
 
 }  // namespace kdkernels::cpu::KDKERNELS_CAPABILITY

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "softmax_divergence/cpu_group.h"
+#include "softmax_divergence/math.h"
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
@@ -10,6 +11,7 @@ struct Place {
   char* data;
   int64_t class_stride, position_stride;  // in numbers
   int64_t size;                           // of a number, in bytes
+  bool changed = false;                   // whether logits are changed after they are read
 };
 
 // Neighbouring positions of one run
@@ -27,7 +29,7 @@ KDKERNELS_INLINE int64_t vectors_of(int64_t classes) {
 // Whether rows are read and written where they lie, without a copy: those stored in the type that is computed in.
 template <bool classes_in_lanes, class S>
 KDKERNELS_INLINE bool in_place(const Place& place) {
-  return classes_in_lanes && place.class_stride == 1 && place.size == sizeof(S);
+  return classes_in_lanes && place.class_stride == 1 && place.size == sizeof(S) && !place.changed;
 }
 
 // Lanes that hold no class get -inf, which has no mass; lanes that hold no position get 0.
@@ -76,6 +78,26 @@ KDKERNELS_INLINE void read_tile(const Tile& tile, bool teacher, const Place& pla
   }
 }
 
+// Replaces a teacher's probabilities, or their logarithms, by the logits that give them at the temperature.
+template <bool classes_in_lanes, class V>
+[[gnu::noinline]] void probabilities_to_logits(const SoftmaxCall& call, const Tile& tile, Scalar<V>* scratch) {
+  const int64_t n = vectors_of<classes_in_lanes, V>(tile.classes);
+  const int64_t strips = classes_in_lanes ? tile.count : (tile.count + lanes<V> - 1) / lanes<V>;
+  const bool logarithms = call.target_type == TargetType::log_probs;
+  const Scalar<V> temperature = Scalar<V>(call.temperature);
+  const V none = splat<V>(-math::infinity<V>), nan = splat<V>(std::numeric_limits<Scalar<V>>::quiet_NaN());
+  for (int64_t k = 0; k < strips; ++k) {
+    V* const target = reinterpret_cast<V*>(scratch) + k * Strip<V>::arrays * n + n;
+    for (int64_t i = 0; i < n; ++i) {
+      const V x = target[i];
+      const V log = logarithms ? x : select(x > Scalar<V>(0), math::log_positive(x), nan);
+      // Lanes without a class hold -inf, which stands for no probability.
+      const auto nothing = logarithms ? Bits<V>(x == none) : Bits<V>((x == Scalar<V>(0)) | (x == none));
+      target[i] = select(nothing, none, log * temperature);
+    }
+  }
+}
+
 template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void read_logits(const SoftmaxCall& call, const Tile& tile, Scalar<V>* scratch) {
   for (int o = student; o <= teacher; ++o) {
@@ -83,6 +105,7 @@ KDKERNELS_INLINE void read_logits(const SoftmaxCall& call, const Tile& tile, Sca
       read_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher, tile.place[o], scratch);
     });
   }
+  if (call.target_type != TargetType::logits) probabilities_to_logits<classes_in_lanes, V>(call, tile, scratch);
 }
 
 template <bool classes_in_lanes, class V, class T>

@@ -16,13 +16,18 @@ constexpr int64_t row_tile_logits = 2048;
 constexpr int64_t few_classes = 32;  // up to here a position per lane is faster than classes in the lanes
 constexpr int64_t most_lanes = 16;
 
+enum LossPart { part_cross_entropy, part_divergence, part_logsumexp_s, part_logsumexp_t, part_entropy, part_agreement };
+
 struct SoftmaxCall : SoftmaxLayout<max_dims>, SoftmaxArguments<double> {
-  bool classes_in_lanes;          // else a position per lane
-  int64_t tile, tiles_in_run;     // a tile is up to `tile` positions of one run
-  double normalizer = 1;          // the loss and its gradient are multiplied by it
+  bool classes_in_lanes;       // else a position per lane
+  int64_t tile, tiles_in_run;  // a tile is up to `tile` positions of one run
+  // What the two terms of the loss and their gradients are multiplied by
+  double divergence_normalizer = 1, label_normalizer = 1;
   void* position_loss = nullptr;  // reduction "none"
   // The derivatives of the divergence of each position by the temperature, then those by its weight
   void* scalar_gradients = nullptr;
+  void* parts = nullptr;   // for each of LossPart the values of all positions
+  void* masses = nullptr;  // sum of the probabilities of each position, where the target is probabilities
 
   SoftmaxCall(const SoftmaxLayout<max_dims>& layout, const SoftmaxArguments<double>& arguments)
       : SoftmaxLayout(layout), SoftmaxArguments(arguments) {
@@ -35,6 +40,11 @@ struct SoftmaxCall : SoftmaxLayout<max_dims>, SoftmaxArguments<double> {
       tile = (fitting + most_lanes - 1) / most_lanes * most_lanes;
     }
     tiles_in_run = (inner + tile - 1) / tile;
+  }
+
+  // Whether the cross-entropy has more than one label, or weights
+  bool general_labels() const {
+    return label_probabilities != nullptr || class_weight != nullptr || label_smoothing != 0;
   }
 
   // Items are tiles.

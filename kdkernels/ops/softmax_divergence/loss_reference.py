@@ -160,7 +160,11 @@ def check_values(given: Arguments) -> None:
     _positions.check_weight_values("position_weight", given.position_weight)
     _positions.check_weight_values("class_weight", given.class_weight)
     if given.target_type != "logits" and terms.needs_unit_mass(given.divergence):
-        terms.check_mass(given.target, given.target_type, given.dim, given.position_weight)
+        counted = None if given.position_weight is None else given.position_weight != 0
+        if labels is not None and given.ignored_by_divergence:
+            kept = labels != given.ignore_index
+            counted = kept if counted is None else kept & counted
+        terms.check_mass(given.target, given.target_type, given.dim, counted)
 
 
 def loss_of(given: Arguments) -> tuple[Tensor, Tensor]:

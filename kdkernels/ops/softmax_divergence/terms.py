@@ -57,15 +57,15 @@ def mass_tolerance(dtype: torch.dtype) -> float:
     return 1e-3 if dtype.itemsize >= 4 else 2e-2
 
 
-def check_mass(target: Tensor, target_type: str, dim: int, position_weight: Tensor | None) -> None:
+def check_mass(target: Tensor, target_type: str, dim: int, counted: Tensor | None) -> None:
     """Raise if probabilities that may be read here do not sum to 1."""
     if not _registry.values_are_visible(target):
         return
     probabilities = target.detach().double()
     mass = (probabilities.exp() if target_type == "log_probs" else probabilities).sum(dim)
     bad = (mass - 1).abs() > mass_tolerance(target.dtype)
-    if position_weight is not None:
-        bad = bad & (position_weight != 0)
+    if counted is not None:
+        bad = bad & counted
     if bad.any():
         first = int(bad.flatten().nonzero()[0])
         raise ValueError(
