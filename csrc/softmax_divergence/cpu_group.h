@@ -43,8 +43,8 @@ struct Group {
   V max_s{}, max_t{}, sum_s{}, sum_t{};  // of the logits, and of the numerators
   V hard_others{};                       // of the numerators at T = 1, without the label's
   V label_logit{}, label_numerator{};
-  V mass{};     // sum of the probabilities that a teacher is given by
-  V entropy{};  // of the teacher; it and the agreement are found where parts are asked for
+  V mass{}, log_mass{};  // sum of the probabilities that a teacher is given by
+  V entropy{};           // of the teacher; it and the agreement are found where parts are asked for
   V agreement{};
 
   KDKERNELS_INLINE Strip<V> strip(int k) const {

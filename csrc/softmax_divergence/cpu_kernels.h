@@ -75,8 +75,8 @@ template <class S>
 
 // Returns the sum of the losses of a group, and writes what is asked for of each position.
 template <bool classes_in_lanes, class V>
-KDKERNELS_INLINE double losses_of(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group,
-                                  const SoftmaxOptions<Scalar<V>>& options, int64_t position, int count) {
+[[gnu::noinline]] double losses_of(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group,
+                                   const SoftmaxOptions<Scalar<V>>& options, int64_t position, int count) {
   using S = Scalar<V>;
   double total = 0;
   for (int l = 0; l < count; ++l) {

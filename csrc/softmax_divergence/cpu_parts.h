@@ -57,22 +57,25 @@ template <bool classes_in_lanes, class V>
   group.entropy = math::log_positive(total) - mean / total;
 }
 
-// Sets M, the sum of a teacher's probabilities, and returns ln M. Without any probability M is 0.
-template <bool classes_in_lanes, class V>
-KDKERNELS_INLINE V find_mass(Group<classes_in_lanes, V>& group, Scalar<V> inverse_temperature) {
-  const auto nothing = group.sum_t == Scalar<V>(0);
-  group.sum_t = select(nothing, splat<V>(1), group.sum_t);
-  const V log_mass = group.max_t * inverse_temperature + math::log_positive(group.sum_t);
-  const V smaller = math::exp_nonpositive(-math::absolute(log_mass));
-  group.mass = select(log_mass > Scalar<V>(0), splat<V>(1) / smaller, smaller);
-  group.mass = select(nothing, V{}, group.mass);
-  return select(nothing, splat<V>(-math::infinity<V>), log_mass);
-}
-
 // M times the result for p/M and a share of ln M: KL(p || q) = M (KL(p/M || q) + ln M), H(p) = M (H(p/M) - ln M).
 template <class V>
 KDKERNELS_INLINE V times_mass(const V& mass, const V& normalized, const V& log_mass) {
   return select(mass == Scalar<V>(0), V{}, mass * (normalized + log_mass));
+}
+
+// Finds M, the sum of a teacher's probabilities, 0 without any probability, and applies it to the entropy; with
+// `any_sum` also to the gradient of KL(p || q).
+template <bool classes_in_lanes, class V>
+[[gnu::noinline]] void begin_mass(Group<classes_in_lanes, V>& group, Scalar<V> inverse_temperature, bool any_sum) {
+  const auto nothing = group.sum_t == Scalar<V>(0);
+  group.sum_t = select(nothing, splat<V>(1), group.sum_t);
+  const V log_mass = group.max_t * inverse_temperature + math::log_positive(group.sum_t);
+  const V smaller = math::exp_nonpositive(-math::absolute(log_mass));
+  const V mass = select(log_mass > Scalar<V>(0), splat<V>(1) / smaller, smaller);
+  group.mass = select(nothing, V{}, mass);
+  group.log_mass = select(nothing, splat<V>(-math::infinity<V>), log_mass);
+  group.entropy = times_mass(group.mass, group.entropy, -group.log_mass);
+  if (any_sum) group.scale = group.scale * group.mass;
 }
 
 }  // namespace kdkernels::cpu::KDKERNELS_CAPABILITY

@@ -282,13 +282,8 @@ KDKERNELS_INLINE void process_group(Group<classes_in_lanes, V>& group, const Sof
       find_cross_entropy(group);
     }
   }
-  const bool any_sum = options.probabilities && options.call->any_sum;
-  V log_mass{};
-  if (options.probabilities) {
-    log_mass = find_mass(group, options.inverse_temperature);
-    group.entropy = times_mass(group.mass, group.entropy, -log_mass);
-    if (any_sum) group.scale = group.scale * group.mass;
-  }
+  const bool any_sum = divergence == Divergence::kl && options.probabilities && options.call->any_sum;
+  if (options.probabilities) begin_mass(group, options.inverse_temperature, any_sum);
   if (!options.divergence) {
     const V zero{};
     for (int k = 0; k < group.strips; ++k) {
@@ -304,7 +299,7 @@ KDKERNELS_INLINE void process_group(Group<classes_in_lanes, V>& group, const Sof
   } else {
     finish_kl<labels, false>(group, options);
   }
-  if (any_sum) group.divergence = times_mass(group.mass, group.divergence, log_mass);
+  if (any_sum) group.divergence = times_mass(group.mass, group.divergence, group.log_mass);
 }
 
 }  // namespace kdkernels::cpu::KDKERNELS_CAPABILITY

@@ -38,6 +38,55 @@ def softmax_divergence(kind, arrays, cotangent, *, temperature=1.0, dim=-1, beta
     return [loss] + [np.moveaxis(g * scale, -1, dim) for g in (grad_s, grad_t)]
 
 
+def softmax_loss(
+    arrays, cotangent, *, kd_weight=1.0, ce_weight=0.0, temperature=1.0, divergence="forward_kl", beta=0.5, dim=-1,
+    target_type="logits", label_smoothing=0.0, class_weight=None, position_weight=None, ignore_index_in="both",
+    reduction="mean",
+):  # fmt: skip
+    """Return the loss with every option, and the gradients of student, teacher, and labels that are probabilities."""
+    dim = dim % arrays[0].ndim
+    s, t, *labels = (np.moveaxis(a, dim, -1) if a.ndim == arrays[0].ndim else a for a in arrays)
+    classes, T = s.shape[-1], L(temperature)
+    log_q, log_q1 = _log_softmax(s / T), _log_softmax(s)
+    own = T if target_type == "logits" else L(1)
+    with np.errstate(divide="ignore"):
+        log_p = t / own if target_type != "probs" else np.log(t)
+    if target_type == "logits" or divergence != "forward_kl":
+        value, dq, dp = _divergence(divergence, log_q, _log_softmax(log_p), L(beta))
+    else:
+        p, ratio = np.exp(log_p), log_p - log_q
+        value, dq, dp = (p * ratio).sum(-1), p.sum(-1, keepdims=True) * np.exp(log_q) - p, p * (ratio + 1)
+    dp = dp / (t if target_type == "probs" else own)
+    weight = np.ones(value.shape, dtype=L) if position_weight is None else np.asarray(position_weight, dtype=L)
+    weights = np.ones(classes, dtype=L) if class_weight is None else np.asarray(class_weight, dtype=L)
+    kept, by_label, soft = np.ones(value.shape, dtype=L), L(1), False
+    target = np.zeros_like(s)
+    if labels:
+        soft = labels[0].dtype.kind == "f"
+        if soft:
+            target = labels[0]
+        else:
+            kept = (labels[0] != -100).astype(L)
+            index = np.where(kept != 0, labels[0], 0)
+            np.put_along_axis(target, index[..., None], 1, -1)
+            by_label = weights[index]
+    smoothed = weights * ((1 - L(label_smoothing)) * target + L(label_smoothing) / classes)
+    ce = -(smoothed * log_q1).sum(-1)
+    kd_counts = weight * kept if ignore_index_in == "both" else weight
+    ce_counts = weight * kept
+    divisors = {"none": (1, 1), "sum": (1, 1), "batchmean": (arrays[0].shape[0],) * 2,
+                "mean": (kd_counts.sum(), (ce_counts * by_label).sum())}[reduction]  # fmt: skip
+    kd_scale, ce_scale = L(kd_weight) * kd_counts / divisors[0], L(ce_weight) * ce_counts / divisors[1]
+    loss = kd_scale * value + ce_scale * ce
+    loss = loss if reduction == "none" else loss.sum()
+    kd_scale, ce_scale = (kd_scale * cotangent)[..., None], (ce_scale * cotangent)[..., None]
+    hard = smoothed.sum(-1, keepdims=True) * np.exp(log_q1) - smoothed
+    gradients = [kd_scale * dq / T + ce_scale * hard, kd_scale * dp]
+    if soft:
+        gradients.append(-ce_scale * (1 - L(label_smoothing)) * weights * log_q1)
+    return [loss] + [np.moveaxis(g, -1, dim) for g in gradients]
+
+
 def _log_softmax(z):
     z = z - z.max(-1, keepdims=True)
     return z - np.log(np.exp(z).sum(-1, keepdims=True))

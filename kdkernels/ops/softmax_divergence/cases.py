@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw, layouts, one_of, register
-from kdkernels.ops.softmax_divergence import distillation_loss, js_div_with_logits, kl_div_with_logits
+from kdkernels.ops.softmax_divergence import distillation_loss, js_div_with_logits, kl_div_with_logits, loss_cases
 from kdkernels.ops.softmax_divergence.saved import passes
 
 CLASSES = (1, 2, 3, 10, 19, 1000, 1001, 32000, 50257, 128256, 151936, 2**17 + 1)
@@ -164,6 +164,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             samples = tuple((s.to(other), t) for s, t in pairs((8, 60)))
             yield Case(f"{other} student", kl_div_with_logits, eager_loss, samples, both)
             yield Case(f"{other} teacher", kl_div_with_logits, eager_loss, tuple((t, s) for s, t in samples), both)
+    yield from loss_cases.cases(dtype, device)
 
 
 def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
@@ -218,6 +219,7 @@ def calls() -> list[Call]:
         Call("js_div, legacy clamp", partial(js_div_with_logits, legacy_clamp=True), (s, t), both),
         Call("distillation", distillation_loss, (s, t, labels)),
         Call("distillation to both", partial(distillation_loss, temperature=1.5), (s, t), both),
+        *loss_cases.calls(),
     ]
 
 
