@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> softmax_divergence(Tensor input, Tensor target, std::
   const SoftmaxTensors given{input, target, labels,     temperature, divergence_weight, label_weight,
                              beta,  dim,    divergence, reduction,   ignore_index};
   Preparation preparation(given, read_scalar);
-  Tensor gradient = save == "gradient" ? new_output(input) : nothing(input);
+  Tensor gradient = save == "gradient" ? new_output(input) : preparation.nothing_computed(input);
   if (save == "gradient") preparation.add(student_gradient, gradient);
   SoftmaxCall call = call_of(preparation);
   return {loss_of(call, preparation, given), gradient};
@@ -209,10 +209,10 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss(Tensor input, Tensor target, std
                               beta,  dim,    divergence, reduction,   ignore_index};
   LossPreparation preparation(
       {shared, labels, position_weight, class_weight, label_smoothing, target_type, ignored_by_divergence});
-  Tensor gradient = save == "gradient" ? new_output(input) : nothing(input);
+  Tensor gradient = save == "gradient" ? new_output(input) : preparation.nothing_computed(input);
   if (save == "gradient") preparation.add(student_gradient, gradient);
   SoftmaxCall call = call_of(preparation);
-  Tensor every_part = nothing(input);
+  Tensor every_part = preparation.nothing_computed(input);
   if (parts) {
     every_part = torch::stable::new_empty(input, preparation.parts_shape(input), preparation.dtype());
     call.parts = every_part.mutable_data_ptr();

@@ -91,7 +91,7 @@ def joined(
     check_floating("input", input)
     check_floating("target", target)
     check_same_shape("input", input, "target", target)
-    dims = [_integer(d) for d in dim]
+    dims = [d if type(d) is int else _integer(d) for d in dim]
     if not dims or any(not -input.dim() <= d < input.dim() for d in dims):
         raise ValueError(f"dim is {tuple(dims)}; expected dimensions of the {input.dim()}-dimensional input")
     dims = [d % input.dim() for d in dims]

@@ -136,23 +136,32 @@ def calls() -> list[Call]:
     """Return small calls in float64."""
     s, t = (torch.randn(3, 7, dtype=torch.float64) for _ in range(2))
     labels, mask = torch.tensor([6, -100, 0]), torch.tensor([True, True, False])
-    weight = torch.tensor([0.5, 2.0, 0.0])
+    weight = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
     maps = [torch.randn(2, 3, 2, 2, dtype=torch.float64) for _ in "st"]
     both = (0, 1)
     return [
-        Call("kl_div, weighted", partial(kl_div_with_logits, position_weight=weight, temperature=2.0), (s, t), both),
+        Call("kl_div, weighted", _weighted_kl_div, (s, t, weight), both),
         Call("kl_div of log-probabilities", partial(kl_div_with_logits, target_type="log_probs", temperature=2.0),
              (s, t.log_softmax(1)), both),
-        Call("js_div of probabilities", partial(_js_of_softmax, position_weight=mask), (s, t), both),
+        Call("js_div of probabilities", _masked_js_div_of_softmax, (s, t, mask), both),
         Call("kl_div over a map", partial(kl_div_with_logits, dim=(2, 3), reduction="none"), tuple(maps), both),
         Call("kl_div, standardized", partial(kl_div_with_logits, standardize=True), (s, t), both),
-        Call("distillation, smoothed", partial(distillation_loss, label_smoothing=0.1, class_weight=t[0].exp().detach(),
-                                               ignore_index_in="cross_entropy"), (s, t, labels)),
+        Call("distillation, smoothed", _smoothed_distillation, (s, t, labels, t[0].exp())),
         Call("distillation of soft labels", partial(distillation_loss, label_smoothing=0.1, reduction="none"),
              (s, t, t.softmax(1)), (0, 1, 2)),
     ]  # fmt: skip
 
 
-def _js_of_softmax(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+def _weighted_kl_div(input: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return kl_div_with_logits(input, target, temperature=2.0, position_weight=weight)
+
+
+def _masked_js_div_of_softmax(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Take probabilities that sum to 1 whatever the differences of a numerical derivative add to the logits."""
-    return js_div_with_logits(input, target.softmax(1), target_type="probs", **options)
+    return js_div_with_logits(input, target.softmax(1), target_type="probs", position_weight=mask)
+
+
+def _smoothed_distillation(input: Tensor, target: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return distillation_loss(
+        input, target, labels, label_smoothing=0.1, class_weight=weight, ignore_index_in="cross_entropy"
+    )
