@@ -20,8 +20,21 @@ inline double checked_weight(const char* name, int64_t index, double weight) {
 // The sum of the weights, every one of which is checked
 template <class S>
 double sum_of_weights(const char* name, const S* weights, int64_t count) {
-  double total = 0;
-  for (int64_t i = 0; i < count; ++i) total += checked_weight(name, i, double(weights[i]));
+  // Several sums, which the compiler keeps in the lanes of a vector, in an order that does not depend on it
+  constexpr int64_t sums = 8;
+  double partial[sums] = {};
+  int64_t i = 0;
+  for (; i + sums <= count; i += sums) {
+    for (int64_t k = 0; k < sums; ++k) partial[k] += double(weights[i + k]);
+  }
+  for (; i < count; ++i) partial[0] += double(weights[i]);
+  double total = 0, least = 0;
+  for (double sum : partial) total += sum;
+  for (int64_t k = 0; k < count; ++k) least = double(weights[k]) < least ? double(weights[k]) : least;
+  // A weight that is infinite or NaN shows in the sum.
+  if (least < 0 || !std::isfinite(total)) {
+    for (int64_t k = 0; k < count; ++k) checked_weight(name, k, double(weights[k]));
+  }
   return total;
 }
 

@@ -61,8 +61,12 @@ def eager_general_loss(
     terms = (kd_weight * kd_counts * kd, ce_weight * ce_counts * ce)
     if reduction == "none":
         return terms[0] + terms[1]
-    counts = {"mean": (kd_counts.sum(), by_label.sum()), "sum": (1, 1), "batchmean": (input.shape[0],) * 2}[reduction]
-    return terms[0].sum() / counts[0] + (terms[1].sum() / counts[1] if labels is not None else 0.0)
+    of_kd, of_ce = {
+        "mean": (kd_counts.sum(), by_label.sum()),
+        "sum": (torch.ones(()), torch.ones(())),
+        "batchmean": (torch.tensor(input.shape[0]),) * 2,
+    }[reduction]
+    return terms[0].sum() / of_kd + (terms[1].sum() / of_ce if labels is not None else 0.0)
 
 
 OPTIONS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
@@ -122,7 +126,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             samples.append(tuple(sample))
         kd, ce = (0.7, 0.4) if soft or hard else (1.0, 0.0)
         eager = partial(eager_general_loss, **options, kd_weight=kd * options["temperature"] ** 2, ce_weight=ce)
-        weights = {"kd_weight": kd, "ce_weight": ce} if soft or hard else {"kd_weight": kd}
+        weights: dict[str, Any] = {"kd_weight": kd, "ce_weight": ce} if soft or hard else {"kd_weight": kd}
         # What 16 bits round off a sum of probabilities is no longer 1 where the truth is computed in 64 bits.
         normalized = options.get("divergence", "forward_kl") != "forward_kl" and dtype.itemsize == 2
         if normalized and options.get("target_type", "logits") != "logits":
