@@ -80,17 +80,6 @@ struct SoftmaxArguments {
   bool reverse = false;  // KL(q || p) instead of KL(p || q)
   Number temperature{}, divergence_weight{}, label_weight{}, beta{};
   const int64_t* labels = nullptr;  // by position
-  // Only softmax_loss has the following. Weights are in the type that is computed in.
-  TargetType target_type = TargetType::logits;
-  bool any_sum = false;                       // of a teacher's probabilities: "forward_kl" alone needs no sum of 1
-  const void* position_weight = nullptr;      // by position
-  const void* class_weight = nullptr;         // by class
-  const void* label_probabilities = nullptr;  // instead of labels: contiguous, in the shape of the logits
-  Storage label_storage = Storage::float32;
-  int64_t label_class_stride = 1;
-  Number label_smoothing{};
-  bool divide_by_weights = false;     // "mean": each term is divided by the weights of what counts in it
-  bool ignored_by_divergence = true;  // whether an ignored label also leaves the divergence out
   int64_t ignored_label = 0;
   double divisor = 1;                 // of the sum over the positions, unless
   bool divide_by_kept = false;        // it is divided by the number of positions whose labels are not ignored
@@ -99,7 +88,6 @@ struct SoftmaxArguments {
 
   // Sets the divergence of a name; beta = 0 and 1 are the two KL.
   void choose_divergence(const std::string& name, double known_beta) {
-    any_sum = name == "forward_kl";
     reverse = name == "reverse_kl" || (name == "js" && known_beta == 1);
     if (name == "forward_kl" || name == "reverse_kl") {
       divergence = Divergence::kl;
@@ -119,6 +107,25 @@ struct SoftmaxArguments {
     if (reduction == "batchmean") divisor = double(batch);
     if (reduction == "mean") divisor = double(positions);
     divide_by_kept = reduction == "mean" && labels != nullptr;
+  }
+};
+
+// What softmax_loss has beyond these. Weights are in the type that is computed in.
+struct LossArguments {
+  TargetType target_type = TargetType::logits;
+  bool any_sum = false;                       // of a teacher's probabilities: "forward_kl" alone needs no sum of 1
+  const void* position_weight = nullptr;      // by position
+  const void* class_weight = nullptr;         // by class
+  const void* label_probabilities = nullptr;  // instead of labels: contiguous, in the shape of the logits
+  Storage label_storage = Storage::float32;
+  int64_t label_class_stride = 1;
+  double label_smoothing = 0;
+  bool divide_by_weights = false;     // "mean": each term is divided by the weights of what counts in it
+  bool ignored_by_divergence = true;  // whether an ignored label also leaves the divergence out
+
+  // Whether the cross-entropy has more than one label, or weights
+  bool general_labels() const {
+    return label_probabilities != nullptr || class_weight != nullptr || label_smoothing != 0;
   }
 };
 

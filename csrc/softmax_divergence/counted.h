@@ -70,6 +70,38 @@ inline void count_divergence(const Logits& logits, Storage storage, const std::s
            [&] { return input_gradient.magnitude() + target_gradient.magnitude(); });
 }
 
+// The loss with options, and the gradient of the student
+inline void count_loss(const Logits& logits, const std::string& what, LossArguments options) {
+  Numbers input(Storage::float32, logits.count(), 1), target(Storage::float32, logits.count(), 2);
+  Numbers input_gradient(Storage::float32, logits.count());
+  const size_t positions = size_t(logits.outer * logits.inner);
+  std::vector<int64_t> labels(positions);
+  for (size_t i = 0; i < positions; ++i) labels[i] = int64_t(i * 7) % logits.classes;
+  const std::vector<float> weights(positions, 0.5f);
+  if (what == "weights") options.position_weight = weights.data();
+
+  SoftmaxArguments<double> arguments;
+  arguments.temperature = 2;
+  arguments.divergence_weight = 1;
+  arguments.choose_divergence("forward_kl", 0.5);
+  arguments.labels = labels.data();
+  arguments.ignored_label = -100;
+  arguments.label_weight = 0.5;
+  cpu::SoftmaxCall call(logits.layout(Storage::float32), arguments, options);
+  call.operand[student].data = input.data();
+  call.operand[teacher].data = target.data();
+  call.operand[student_gradient].data = input_gradient.data();
+  double loss = 0;
+  const auto run = [&] {
+    double total = 0;
+    for_each_chunk(call.chunks(),
+                   [&](int64_t begin, int64_t end) { total += cpu::avx2::softmax_tiles(call, begin, end); });
+    loss = total;
+  };
+  run_case("softmax_loss: " + what + ", " + logits.name, logits.count(), run,
+           [&] { return loss + input_gradient.magnitude(); });
+}
+
 inline void run_cases() {
   const Logits rows{"[16, 1000]", 1, 1000, 16, true}, few{"[256, 10]", 1, 10, 256, true};
   const Logits map{"[2, 19, 16, 32] dim 1", 2, 19, 512, false};
@@ -79,6 +111,15 @@ inline void run_cases() {
       count_divergence(logits, storage, "js", false);
       count_divergence(logits, storage, "forward_kl", true);
     }
+  }
+  LossArguments smoothed, log_probs;
+  smoothed.label_smoothing = 0.1;
+  log_probs.target_type = TargetType::log_probs;
+  log_probs.any_sum = true;
+  for (const Logits& logits : {rows, few, map}) {
+    count_loss(logits, "weights", {});
+    count_loss(logits, "smoothed labels", smoothed);
+    count_loss(logits, "log-probabilities", log_probs);
   }
   count_divergence(rows, Storage::float32, "reverse_kl", false);
   count_divergence(few, Storage::float32, "clamped_js", false);

@@ -46,8 +46,8 @@ void set_normalizers(SoftmaxCall& call) {
   call.label_normalizer = math::inverse(by_weights ? labels : call.divisor);
 }
 
-SoftmaxCall call_of(const Preparation& preparation) {
-  SoftmaxCall call(preparation.layout(), preparation.arguments);
+SoftmaxCall call_of(const Preparation& preparation, const LossArguments& options = {}) {
+  SoftmaxCall call(preparation.layout(), preparation.arguments, options);
   dispatch_compute_type(call.is_double, [&](auto type) { set_normalizers<typename decltype(type)::type>(call); });
   return call;
 }
@@ -142,29 +142,31 @@ struct LossTensors {
 // Adds what only softmax_loss has. The tensors must outlive the call.
 class LossPreparation : public Preparation {
  public:
+  LossArguments options;
+
   explicit LossPreparation(const LossTensors& given) : Preparation(given.shared, read_scalar) {
     for (const auto* weight : {&given.position_weight, &given.class_weight}) {
       STD_TORCH_CHECK(!*weight || ((*weight)->scalar_type() == dtype() && (*weight)->is_contiguous()),
                       "weights must be contiguous, in the dtype of the loss");
     }
-    arguments.position_weight = data_of(given.position_weight);
-    arguments.class_weight = data_of(given.class_weight);
-    arguments.label_smoothing = read_scalar(given.label_smoothing);
-    if (!(arguments.label_smoothing >= 0 && arguments.label_smoothing <= 1)) {
-      throw std::invalid_argument("label_smoothing must be in [0, 1], got " +
-                                  std::to_string(arguments.label_smoothing));
+    options.position_weight = data_of(given.position_weight);
+    options.class_weight = data_of(given.class_weight);
+    options.label_smoothing = read_scalar(given.label_smoothing);
+    if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1)) {
+      throw std::invalid_argument("label_smoothing must be in [0, 1], got " + std::to_string(options.label_smoothing));
     }
-    arguments.ignored_by_divergence = given.ignored_by_divergence;
-    arguments.target_type = given.target_type == "log_probs" ? TargetType::log_probs
-                            : given.target_type == "probs"   ? TargetType::probs
-                                                             : TargetType::logits;
-    arguments.divide_by_weights = given.shared.reduction == "mean";
+    options.ignored_by_divergence = given.ignored_by_divergence;
+    options.target_type = given.target_type == "log_probs" ? TargetType::log_probs
+                          : given.target_type == "probs"   ? TargetType::probs
+                                                           : TargetType::logits;
+    options.any_sum = given.shared.divergence == "forward_kl";
+    options.divide_by_weights = given.shared.reduction == "mean";
     if (given.labels && !given.shared.labels) {
       probabilities_ = dense(given.labels);
-      arguments.label_probabilities = probabilities_->const_data_ptr();
-      arguments.label_storage = storage_of(*probabilities_);
+      options.label_probabilities = probabilities_->const_data_ptr();
+      options.label_storage = storage_of(*probabilities_);
       for (int64_t d = given.shared.dim + 1; d < probabilities_->dim(); ++d) {
-        arguments.label_class_stride *= probabilities_->size(d);
+        options.label_class_stride *= probabilities_->size(d);
       }
     }
   }
@@ -211,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss(Tensor input, Tensor target, std
       {shared, labels, position_weight, class_weight, label_smoothing, target_type, ignored_by_divergence});
   Tensor gradient = save == "gradient" ? new_output(input) : preparation.nothing_computed(input);
   if (save == "gradient") preparation.add(student_gradient, gradient);
-  SoftmaxCall call = call_of(preparation);
+  SoftmaxCall call = call_of(preparation, preparation.options);
   Tensor every_part = preparation.nothing_computed(input);
   if (parts) {
     every_part = torch::stable::new_empty(input, preparation.parts_shape(input), preparation.dtype());
@@ -246,7 +248,7 @@ std::tuple<Tensor, Tensor> softmax_loss_backward(Tensor grad_output, Tensor inpu
   if (target_gradient) preparation.add(teacher_gradient, grad_target);
   const Tensor grad = torch::stable::contiguous(grad_output);
   preparation.set_grad_output(grad, reduction);
-  run(call_of(preparation));
+  run(call_of(preparation, preparation.options));
   return {grad_input, grad_target};
 }
 

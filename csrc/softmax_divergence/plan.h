@@ -18,7 +18,7 @@ constexpr int64_t most_lanes = 16;
 
 enum LossPart { part_cross_entropy, part_divergence, part_logsumexp_s, part_logsumexp_t, part_entropy, part_agreement };
 
-struct SoftmaxCall : SoftmaxLayout<max_dims>, SoftmaxArguments<double> {
+struct SoftmaxCall : SoftmaxLayout<max_dims>, SoftmaxArguments<double>, LossArguments {
   bool classes_in_lanes;       // else a position per lane
   int64_t tile, tiles_in_run;  // a tile is up to `tile` positions of one run
   // What the two terms of the loss and their gradients are multiplied by
@@ -29,8 +29,9 @@ struct SoftmaxCall : SoftmaxLayout<max_dims>, SoftmaxArguments<double> {
   void* parts = nullptr;   // for each of LossPart the values of all positions
   void* masses = nullptr;  // sum of the probabilities of each position, where the target is probabilities
 
-  SoftmaxCall(const SoftmaxLayout<max_dims>& layout, const SoftmaxArguments<double>& arguments)
-      : SoftmaxLayout(layout), SoftmaxArguments(arguments) {
+  SoftmaxCall(const SoftmaxLayout<max_dims>& layout, const SoftmaxArguments<double>& arguments,
+              const LossArguments& options = {})
+      : SoftmaxLayout(layout), SoftmaxArguments(arguments), LossArguments(options) {
     const auto& input = operand[student];
     classes_in_lanes = classes > few_classes && (input.class_stride == 1 || input.inner_stride != 1);
     if (classes_in_lanes) {
@@ -40,11 +41,6 @@ struct SoftmaxCall : SoftmaxLayout<max_dims>, SoftmaxArguments<double> {
       tile = (fitting + most_lanes - 1) / most_lanes * most_lanes;
     }
     tiles_in_run = (inner + tile - 1) / tile;
-  }
-
-  // Whether the cross-entropy has more than one label, or weights
-  bool general_labels() const {
-    return label_probabilities != nullptr || class_weight != nullptr || label_smoothing != 0;
   }
 
   // Items are tiles.

@@ -202,6 +202,18 @@ def test_cross_entropy_is_that_of_torch(reduction, smoothing, weighted, kind, sh
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, F64])
+def test_labels_may_have_another_dtype(dtype):
+    s, t = rows(3, 20, dtype=torch.float32), torch.randn(3, 20)
+    labels = torch.randn(3, 20, dtype=F64).softmax(1).to(dtype).requires_grad_()
+    loss = distillation_loss(s, t, labels, kd_weight=0, ce_weight=1)
+    assert loss.dtype == torch.float32
+    expected = F.cross_entropy(s, labels.float())
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    torch.testing.assert_close(labels.grad, torch.autograd.grad(expected, labels)[0])
+
+
 def test_each_term_has_its_own_denominator():
     s, t, labels = rows(4, 5), rows(4, 5), torch.tensor([1, -100, 2, -100])
     kd = kl_div_with_logits(s, t)

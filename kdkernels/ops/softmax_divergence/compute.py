@@ -76,8 +76,7 @@ class Call:
         input, target, labels, dim = checks.joined(input, target, labels, dim, reduction)
         self.dim = checks.check_logits(input, target, labels, dim, reduction)
         positions = input.shape[: self.dim] + input.shape[self.dim + 1 :]
-        soft = (labels,) if labels is not None and labels.is_floating_point() else ()
-        dtype = compute_dtype(input, target, *soft)
+        dtype = compute_dtype(input, target)
         self.input, self.target, self.labels = input, target, labels
         self.position_weight = _positions.checked_position_weight(position_weight, input, positions, dtype)
         self.class_weight = checks.checked_class_weight(class_weight, input, labels, self.dim, dtype)

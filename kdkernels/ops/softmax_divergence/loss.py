@@ -40,16 +40,11 @@ def _check_shapes(given: Arguments) -> None:
             torch._check(a == b, lambda name=name: f"{name} has the wrong shape")
 
 
-def _dtype(given: Arguments) -> torch.dtype:
-    labels = (given.labels,) if given.soft_labels else ()
-    return compute_dtype(given.input, given.target, *labels)
-
-
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *shared, parts, save = arguments
     given = Arguments(*shared)
     _check_shapes(given)
-    dtype = _dtype(given)
+    dtype = compute_dtype(given.input, given.target)
     loss = given.input.new_empty(given.positions if given.reduction == "none" else (), dtype=dtype)
     saved = fake_saved(save, given.input, loss, math.prod(given.positions))
     shape = (len(loss_reference.PARTS), *given.positions) if parts else (0,)

@@ -59,8 +59,7 @@ class _Problem:
 
     def __init__(self, given: Arguments) -> None:
         self.given = given
-        tensors = (given.input, given.target, *((given.labels,) if given.soft_labels else ()))
-        dtype = compute_dtype(*tensors)
+        dtype = compute_dtype(given.input, given.target)
         one = given.input.new_ones((), dtype=dtype)
         numbers = (given.temperature, given.divergence_weight, given.label_weight, given.beta, given.label_smoothing)
         # In a product, a scalar on the CPU is passed to another device by value, without a copy that would wait.
