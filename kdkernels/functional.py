@@ -19,6 +19,7 @@ from kdkernels.ops.softmax_divergence import (
     js_div_with_logits,
     kl_div_with_logits,
 )
+from kdkernels.ops.topk_divergence import TopKLoss, TopKTeacher, topk_kl_div_with_logits, topk_teacher
 from kdkernels.ops.total_variation import ImagePriorLosses, image_prior_losses, total_variation
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "BatchNormTap",
     "DivergenceParts",
     "ImagePriorLosses",
+    "TopKLoss",
+    "TopKTeacher",
     "batch_norm_act_stats",
     "batch_norm_stat_distances",
     "batch_norm_stat_loss",
@@ -38,6 +41,8 @@ __all__ = [
     "image_prior_losses",
     "js_div_with_logits",
     "kl_div_with_logits",
+    "topk_kl_div_with_logits",
+    "topk_teacher",
     "total_variation",
 ]
 
