@@ -9,6 +9,7 @@ from torch.nn import Module
 from kdkernels import functional
 from kdkernels._coefficients import Coefficients, shown
 from kdkernels._gradient_reversal import GradientReversal, GradientReversalLinear, WarmStartGradientReversal
+from kdkernels._topk_divergence import TopKKLDivWithLogitsLoss
 from kdkernels.ops import total_variation as _total_variation
 from kdkernels.ops._types import ChannelReduction, Mode, Moment, Reduction
 from kdkernels.ops.softmax_divergence import Divergence
@@ -21,6 +22,7 @@ __all__ = [
     "ImagePriorLoss",
     "JSDivWithLogitsLoss",
     "KLDivWithLogitsLoss",
+    "TopKKLDivWithLogitsLoss",
     "TotalVariationLoss",
     "WarmStartGradientReversal",
 ]

@@ -12,12 +12,12 @@
 namespace kdkernels {
 
 // What becomes of the classes that the teacher does not list
-enum class Tail { bucket, renormalize, ignore };
+enum class TopKTail { bucket, renormalize, ignore };
 
-inline Tail tail_of(const std::string& name) {
-  if (name == "bucket") return Tail::bucket;
-  if (name == "renormalize") return Tail::renormalize;
-  if (name == "ignore") return Tail::ignore;
+inline TopKTail topk_tail_of(const std::string& name) {
+  if (name == "bucket") return TopKTail::bucket;
+  if (name == "renormalize") return TopKTail::renormalize;
+  if (name == "ignore") return TopKTail::ignore;
   throw std::invalid_argument("unknown tail " + name);
 }
 
@@ -42,7 +42,7 @@ struct TopKArguments {
   const int64_t* indices = nullptr;  // [positions, listed]
   const void* weights = nullptr;     // by position; null for a weight of 1
   double temperature = 1;
-  Tail tail = Tail::bucket;
+  TopKTail tail = TopKTail::bucket;
   bool reverse = false;  // the divergence of the student from the teacher
 
   // The offset of a position's row

@@ -36,7 +36,7 @@ class TopKTensors {
     arguments.weights = data_of(weight_);
     check_temperature_of_topk(temperature);
     arguments.temperature = temperature;
-    arguments.tail = tail_of(tail);
+    arguments.tail = topk_tail_of(tail);
     arguments.reverse = reverse;
   }
 

@@ -6,7 +6,7 @@
 
 namespace kdkernels::counted::topk_divergence {
 
-inline void count_tail(Storage storage, Tail tail, bool reverse, const char* name) {
+inline void count_tail(Storage storage, TopKTail tail, bool reverse, const char* name) {
   constexpr int64_t positions = 4, classes = 8000, listed = 32;
   Numbers input(storage, positions * classes, 1), gradient(storage, positions * classes);
   std::vector<float> values(size_t(positions * listed)), rest(size_t(2 * positions));
@@ -51,10 +51,10 @@ inline void count_tail(Storage storage, Tail tail, bool reverse, const char* nam
 }
 
 inline void run_cases() {
-  count_tail(Storage::float32, Tail::bucket, false, "bucket");
-  count_tail(Storage::bfloat16, Tail::bucket, false, "bucket");
-  count_tail(Storage::float32, Tail::bucket, true, "bucket, reverse");
-  count_tail(Storage::float32, Tail::renormalize, false, "renormalize");
+  count_tail(Storage::float32, TopKTail::bucket, false, "bucket");
+  count_tail(Storage::bfloat16, TopKTail::bucket, false, "bucket");
+  count_tail(Storage::float32, TopKTail::bucket, true, "bucket, reverse");
+  count_tail(Storage::float32, TopKTail::renormalize, false, "renormalize");
 }
 inline const Cases cases(run_cases);
 

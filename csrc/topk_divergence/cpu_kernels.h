@@ -5,6 +5,7 @@
 #include "topk_divergence/cpu_outcomes.h"
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
+namespace topk {
 
 // The classes of a row in blocks of whole vectors. Listed classes are marked by a bit, 16 of them in a word.
 template <class V, class T>
@@ -162,7 +163,7 @@ class Position {
       ++outcomes_.listed;
       if (log_p[k] > 1) mass = std::numeric_limits<double>::infinity();
     }
-    if (call_.tail == Tail::renormalize) return true;
+    if (call_.tail == TopKTail::renormalize) return true;
     mass += sum_over(outcomes_, [&](int64_t i) { return math::exp_nonpositive(outcomes_.log_p[i]); });
     return !(mass > TopKArguments::most_mass);
   }
@@ -267,16 +268,19 @@ KDKERNELS_INLINE void with_types(const TopKCall& call, const Body& body) {
   });
 }
 
+}  // namespace topk
+
 double topk_forward(const TopKCall& call, int64_t begin, int64_t end, int64_t* refused) {
   double total = 0;
-  with_types(call, [&](auto vector, auto type) {
-    total = forward<decltype(vector), decltype(type)>(call, begin, end, refused);
+  topk::with_types(call, [&](auto vector, auto type) {
+    total = topk::forward<decltype(vector), decltype(type)>(call, begin, end, refused);
   });
   return total;
 }
 
 void topk_backward(const TopKCall& call, int64_t begin, int64_t end) {
-  with_types(call, [&](auto vector, auto type) { backward<decltype(vector), decltype(type)>(call, begin, end); });
+  topk::with_types(call,
+                   [&](auto vector, auto type) { topk::backward<decltype(vector), decltype(type)>(call, begin, end); });
 }
 
 }  // namespace kdkernels::cpu::KDKERNELS_CAPABILITY

@@ -9,7 +9,7 @@ namespace kdkernels::math {
 // w over all outcomes is known, so that it can be added back. Written as a share of the larger of w and v, the term is
 // of second order in log_ratio and keeps its precision where w and v nearly agree. It is 0 where both are.
 template <class V>
-KDKERNELS_INLINE V divergence_term(V w, V v, V log_ratio) {
+KDKERNELS_INLINE V outcome_term(V w, V v, V log_ratio) {
   const ExpDifferences<V> e = exp_differences(-absolute(log_ratio));
   const auto w_larger = log_ratio > Scalar<V>(0);
   const V larger = select(w_larger, w, v);
@@ -18,7 +18,7 @@ KDKERNELS_INLINE V divergence_term(V w, V v, V log_ratio) {
 
 // factor * value, which is 0 where the factor is, even if the value is infinite
 template <class V>
-KDKERNELS_INLINE V product(V factor, V value) {
+KDKERNELS_INLINE V product_or_zero(V factor, V value) {
   return select(factor != Scalar<V>(0), factor * value, V{});
 }
 

@@ -23,7 +23,7 @@ struct TopKCall : TopKArguments {
   explicit TopKCall(const TopKArguments& arguments) : TopKArguments(arguments) {}
 
   // Where both sides are renormalized, nothing depends on the other classes.
-  bool reads_rows() const { return tail != Tail::renormalize || want_masses; }
+  bool reads_rows() const { return tail != TopKTail::renormalize || want_masses; }
 
   // Items are positions.
   Chunks chunks() const { return Chunks(positions, classes + 16 * listed); }

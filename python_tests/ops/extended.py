@@ -131,3 +131,75 @@ def _divergence(kind, log_q, log_p, beta):
     through_m = inside[2] * (np.log(cm) + 1 - (np.log(cp) + np.log(cq)) / 2) / 2
     slopes = [through_m - i * cm / c / 2 for i, c in ((inside[0], cq), (inside[1], cp))]
     return value, _through_softmax(q, slopes[0]), _through_softmax(p, slopes[1])
+
+
+def topk_divergence(
+    z, v, indices, cotangent, *, temperature=1.0, values_type="log_probs", target_logsumexp=None, tail="bucket",
+    reverse=False, position_weight=None, reduction="mean",
+):  # fmt: skip
+    """Return loss and gradients of input, values and target_logsumexp in extended precision, outcome by outcome.
+
+    The outcomes are the listed classes and one for the rest, whose logit is the log-sum-exp of its classes.
+    """
+    temperature, positions = L(temperature), z.shape[:-1]
+    shape = z.shape[-1:], v.shape[-1:]
+    z, v, indices = z.reshape(-1, *shape[0]), v.reshape(-1, *shape[1]), indices.reshape(-1, *shape[1])
+    sums = np.zeros(len(z), L) if target_logsumexp is None else target_logsumexp.reshape(-1)
+    weight = np.ones(len(z), L) if position_weight is None else position_weight.reshape(-1)
+    divisor = {"mean": weight.sum(), "batchmean": L((*positions, 1)[0] if positions else shape[0][0])}.get(
+        reduction, L(1)
+    )
+    scale = weight / divisor * (cotangent.reshape(-1) if reduction == "none" else cotangent)
+    losses, by_z, by_v = np.zeros(len(z), L), np.zeros_like(z), np.zeros_like(v)
+    for i in range(len(z)):
+        kept = np.flatnonzero(v[i] != -np.inf)
+        at = indices[i, kept]
+        others = np.setdiff1d(np.arange(z.shape[1]), at)
+        s = z[i] / temperature
+        log_p = v[i, kept] / temperature - sums[i] if values_type == "logits" else v[i, kept]
+        value, dz, dv = _of_outcomes(s, log_p, at, others, tail, reverse)
+        losses[i] = weight[i] * value
+        by_z[i] = scale[i] * dz / temperature
+        by_v[i, kept] = scale[i] * dv
+    loss = losses.reshape(positions) if reduction == "none" else losses.sum() / divisor
+    by_sums = -by_v.sum(-1)
+    if values_type == "logits":
+        by_v = by_v / temperature
+    return loss, by_z.reshape(*positions, *shape[0]), by_v.reshape(*positions, *shape[1]), by_sums.reshape(positions)
+
+
+def _of_outcomes(s, log_p, at, others, tail, reverse):
+    """Return the divergence of a row, T times its gradient by the logits, and that by log_p."""
+    of = np.concatenate((at, others)) if tail != "renormalize" else at
+    largest = s[of].max()
+    log_total = largest + np.log(np.exp(s[of] - largest).sum())
+    p, log_q = np.exp(log_p), s[at] - log_total
+    if tail == "renormalize":
+        log_p = log_p - np.log(p.sum())
+        p = np.exp(log_p)
+    q = np.exp(log_q)
+    q_others = np.exp(s[others] - log_total) if tail != "renormalize" else np.zeros(len(others), L)
+    q_rest, p_rest = q_others.sum(), max(L(0), 1 - p.sum())
+    rest = tail == "bucket" and len(others) > 0
+    dz = np.zeros_like(s)
+    if not reverse:
+        value = (p * (log_p - log_q)).sum()
+        dv = p * (log_p - log_q + 1)
+        mass = p.sum()
+        if rest and p_rest > 0:
+            ratio = np.log(p_rest / q_rest)
+            value, dv, mass = value + p_rest * ratio, dv - p * (ratio + 1), L(1)
+        dz[at] = mass * q - p
+        dz[others] = q_others * (mass - (p_rest / q_rest if rest else 0))
+    else:
+        slope = log_q - log_p + 1
+        value, dv = (q * (log_q - log_p)).sum(), -q
+        rest_slope = L(0)
+        if rest:
+            value, rest_slope = value + q_rest * np.log(q_rest / p_rest), np.log(q_rest / p_rest) + 1
+            dv = dv + p * q_rest / p_rest
+        mean = (q * slope).sum() + q_rest * rest_slope
+        dz[at], dz[others] = q * (slope - mean), q_others * (rest_slope - mean)
+    if tail == "renormalize":
+        dv = dv - p * dv.sum()
+    return max(value, L(0)) if tail != "ignore" else value, dz, dv

@@ -75,14 +75,14 @@ def test_example(function):
 
 def test_options_are_keywords():
     """All but the tensors, save what users of torch pass by position."""
-    by_position = {"lambd", "reduction", "channels"}
+    by_position = {"lambd", "reduction", "channels", "k"}
     for function in FUNCTIONS:
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                 is_tensor = "Tensor" in str(parameter.annotation) and "float" not in str(parameter.annotation)
                 assert is_tensor or parameter.name in by_position, f"{function.__name__}({parameter.name})"
     firsts = {next(iter(inspect.signature(function).parameters)) for function in FUNCTIONS}
-    assert firsts == {"input", "mean"}
+    assert firsts == {"input", "mean", "logits"}
 
 
 class Statistics(torch.nn.Module):

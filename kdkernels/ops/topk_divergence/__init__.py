@@ -3,7 +3,7 @@
 This file has the public functions; ``autograd.py`` defines the op.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +11,12 @@ from torch import Tensor
 from kdkernels.ops import _autograd, _checks, _registry
 from kdkernels.ops._numerics import compute_dtype
 from kdkernels.ops._positions import checked_position_weight
-from kdkernels.ops._types import Reduction
+from kdkernels.ops._types import Reduction, Tail, ValuesType
 from kdkernels.ops.topk_divergence import reference
 from kdkernels.ops.topk_divergence.autograd import FORWARD, PASSES
 from kdkernels.ops.topk_divergence.checks import check_arguments, check_masses, check_teacher
 
 __all__ = ["PASSES", "TopKLoss", "TopKTeacher", "topk_kl_div_with_logits", "topk_teacher"]
-
-ValuesType = Literal["log_probs", "logits"]
-Tail = Literal["bucket", "renormalize", "ignore"]
 
 _ROWS_AT_ONCE = 1 << 22  # logits that topk_teacher converts at once
 
@@ -84,7 +81,7 @@ def topk_kl_div_with_logits(
 
     Args:
         input: Student logits [..., V], the classes last; fp16, bf16, fp32 or fp64, any strides.
-        values: The teacher's log-probabilities, or logits, of K classes at each position, [..., K]; any of these dtypes.
+        values: The teacher's log-probabilities, or logits, of K classes at each position, [..., K]; the same dtypes.
             -inf marks padding, whose index is not looked at.
         indices: The classes, int64 or int32, in the shape of ``values``; different classes at each position.
         temperature: T > 0, a number or a 0-dim tensor, which gets its gradient if it requires one.
@@ -103,15 +100,15 @@ def topk_kl_div_with_logits(
         return_masses: Whether to return the masses of the listed classes too.
 
     Returns:
-        The loss in fp32, or fp64 if a tensor is fp64; 0 if no position counts. Gradients flow to ``input``, to ``values``,
-        and to ``target_logsumexp``. With ``return_masses``, the named tuple (loss, target_mass, input_mass): the masses
+        The loss in fp32, or fp64 if a tensor is fp64; 0 if no position counts. Gradients flow to ``input``, ``values``
+        and ``target_logsumexp``. With ``return_masses``, the named tuple (loss, target_mass, input_mass): the masses
         are :math:`\sum_k p_k` and :math:`\sum_k q_k` by position, without gradient, and 0 at a position of weight 0.
 
     Special values: where the teacher has probability and the student has none (a logit of -inf), the loss is +inf; the
     gradient of the student is finite, and that of the teacher is 0. In reverse, it is +inf where :math:`p_R = 0` and
-    :math:`q_R > 0`; there the student's gradient is 0. Where :math:`\sum p` exceeds 1 by rounding, :math:`p_R = 0` and the
-    formula is taken as it is, but not below 0. With K = V there is no rest. A position of padding alone has the loss 0:
-    for ``"bucket"``, the rest is then all there is. A row without a finite logit gives NaN.
+    :math:`q_R > 0`; there the student's gradient is 0. Where :math:`\sum p` exceeds 1 by rounding, :math:`p_R` is 0
+    and the formula is taken as it is, but not below 0. With K = V there is no rest. A position of padding alone has the
+    loss 0; for ``"bucket"``, the rest is then all there is. A row without a finite logit gives NaN.
 
     Forward, the student's row is read once, or only at the listed classes (``"renormalize"``); backward, once more, and
     its gradient is written once. What is allocated beyond the gradient is K numbers per position or fewer; a learned

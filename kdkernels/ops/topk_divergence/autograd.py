@@ -85,9 +85,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> tuple[Tenso
         by_input, by_values, by_temperature = reference.gradients(grad_loss, *tensors, *ctx.options)
         by_temperature = by_temperature.to(tensors[4])
     else:
-        by_input, by_values = _BACKWARD.run(
-            ctx.backend, grad_loss, rest, *tensors, *ctx.options, of_input, of_values
-        )
+        by_input, by_values = _BACKWARD.run(ctx.backend, grad_loss, rest, *tensors, *ctx.options, of_input, of_values)
     return by_input if of_input else None, by_values if of_values else None, None, None, by_temperature, *(None,) * 4
 
 

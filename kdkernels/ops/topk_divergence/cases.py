@@ -1,4 +1,4 @@
-"""Cases of the divergence from a teacher's top classes: sizes, tails, layouts, padding, and the edges of the formulas."""
+"""Cases of the divergence from a teacher's top classes: sizes, tails, layouts, padding, and edges of the formulas."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,15 +11,30 @@ from torch import Tensor
 from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw, layouts, one_of, register
 from kdkernels.ops.topk_divergence import PASSES, topk_kl_div_with_logits, topk_teacher
 
-SIZES = ((1, 1), (2, 1), (2, 2), (3, 2), (10, 4), (10, 10), (1000, 16), (1001, 64), (1001, 1001), (32000, 64), (32000, 1))
+SIZES = (
+    (1, 1),
+    (2, 1),
+    (2, 2),
+    (3, 2),
+    (10, 4),
+    (10, 10),
+    (1000, 16),
+    (1001, 64),
+    (1001, 1001),
+    (32000, 64),
+    (32000, 1),
+)
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 REDUCTIONS = ("mean", "none", "sum", "batchmean")
 TAILS = ("bucket", "renormalize", "ignore")
 
 
-def ours(input: Tensor, values: Tensor, indices: Tensor, *more: Tensor, names: tuple[str, ...] = (), **options: Any) -> Any:
+def ours(
+    input: Tensor, values: Tensor, indices: Tensor, *more: Tensor, names: tuple[str, ...] = (), **options: Any
+) -> Any:
     """Call the function with its optional tensors, whose names are given, in the positions of tensors."""
-    return topk_kl_div_with_logits(input, values, indices, **dict(zip(names, more, strict=True)), **options)
+    given: dict[str, Any] = dict(zip(names, more, strict=True))
+    return topk_kl_div_with_logits(input, values, indices, **given, **options)
 
 
 def eager(
@@ -48,7 +63,9 @@ def eager(
         listed = listed.masked_fill(padding, -torch.inf if reverse else 0.0)
     if reverse:
         log_p = log_p.masked_fill(padding, 0.0)
-    loss = (F.kl_div(log_p, listed.exp(), reduction="none") if reverse else F.kl_div(listed, log_p.exp(), reduction="none")).sum(-1)
+    loss = (
+        F.kl_div(log_p, listed.exp(), reduction="none") if reverse else F.kl_div(listed, log_p.exp(), reduction="none")
+    ).sum(-1)
     if tail == "bucket" and indices.shape[-1] < input.shape[-1]:
         p_rest = (1 - torch.where(padding, 0.0, log_p.exp()).sum(-1)).clamp(min=0)
         others = log_q.exp()
@@ -64,7 +81,7 @@ def eager(
     loss = torch.where(weight == 0, 0.0, weight * loss)
     if reduction == "none":
         return loss
-    return loss.sum() / {"mean": weight.sum(), "sum": 1, "batchmean": input.shape[0]}[reduction]
+    return loss.sum() / (weight.sum() if reduction == "mean" else input.shape[0] if reduction == "batchmean" else 1)
 
 
 def eager_by_subtraction(input: Tensor, values: Tensor, indices: Tensor, *, temperature: float) -> Tensor:
@@ -136,10 +153,19 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         for student, *_ in samples((12, 80), 6):
             logits = normal((12, 80)).to(dtype) * 2
             values, indices = logits.topk(6)
-            of_logits.append((student, values, indices, (logits.double() / 2).logsumexp(-1).to(torch.float32 if dtype.itemsize < 8 else dtype)))
+            of_logits.append(
+                (
+                    student,
+                    values,
+                    indices,
+                    (logits.double() / 2).logsumexp(-1).to(torch.float32 if dtype.itemsize < 8 else dtype),
+                )
+            )
         options = {"names": ("target_logsumexp",), "values_type": "logits", "temperature": 2.0, "tail": tail}
         differentiable = (0, 1) if tail == "renormalize" else (0, 1, 3)
-        yield Case(f"logits, {tail}", partial(ours, **options), partial(eager, **options), tuple(of_logits), differentiable)
+        yield Case(
+            f"logits, {tail}", partial(ours, **options), partial(eager, **options), tuple(of_logits), differentiable
+        )
 
     # Edges
     yield case("large logits", tuple((s * 100, v, i) for s, v, i in samples((8, 60), 6)), both=False)
@@ -180,7 +206,9 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
 
     def make(device: str) -> tuple[Tensor, ...]:
         generator = torch.Generator(device).manual_seed(0)
-        student, teacher = (torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(3) for _ in range(2))
+        student, teacher = (
+            torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(3) for _ in range(2)
+        )
         values, indices = topk_teacher(teacher, min(LISTED, max(1, shape[-1] // 4)), temperature=2.0)
         return student, values, indices
 
@@ -200,10 +228,10 @@ def calls() -> list[Call]:
     sums = teacher.div(2.0).logsumexp(-1) + 3.0
     weight = torch.tensor([1.0, 0.0, 2.5], dtype=torch.float64)
     rows = torch.randn(2, 2, 5, dtype=torch.float64).transpose(0, 1)
-    of_rows = topk_teacher(torch.randn(2, 2, 5, dtype=torch.float64), 2)
-    of_rows = (of_rows.values - 3.0, of_rows.indices)
+    teacher_of_rows = topk_teacher(torch.randn(2, 2, 5, dtype=torch.float64), 2)
+    of_rows = teacher_of_rows.values - 3.0, teacher_of_rows.indices
     both = (0, 1)
-    with_sums = {"names": ("target_logsumexp",), "values_type": "logits", "temperature": 2.0}
+    with_sums: dict[str, Any] = {"names": ("target_logsumexp",), "values_type": "logits", "temperature": 2.0}
     return [
         Call("bucket", ours, (x, values, indices), both),
         Call("reverse", partial(ours, reverse=True, temperature=1.5, reduction="none"), (x, values, indices), both),
@@ -212,12 +240,13 @@ def calls() -> list[Call]:
         Call("ignore", partial(ours, tail="ignore", reduction="sum"), (x, values, indices), both),
         Call("ignore, reverse", partial(ours, tail="ignore", reverse=True), (rows, *of_rows), both),
         Call("logits", partial(ours, **with_sums), (x, logits, places, sums), (0, 1, 3)),
-        Call("weights", partial(ours, names=("position_weight",), reduction="none"), (x, values, indices, weight), both),
-        Call("masses", partial(ours, return_masses=True), (x, values, indices)),
+        Call(
+            "weights", partial(ours, names=("position_weight",), reduction="none"), (x, values, indices, weight), both
+        ),
     ]
 
 
-def _first_classes(input: Tensor, **options: Any) -> Tensor:
+def _first_classes(input: Tensor, **options: Any) -> Any:
     values = torch.full((*input.shape[:-1], 2), -1.5, device=input.device)
     indices = torch.tensor([0, 3], device=input.device).expand(values.shape)
     return topk_kl_div_with_logits(input, values, indices, **options)

@@ -62,7 +62,7 @@ def _check_shapes(input: Tensor, values: Tensor, indices: Tensor) -> None:
         raise ValueError(f"input has 0 classes: shape {tuple(input.shape)}, of which the last dimension is the classes")
     if values.shape[:-1] != input.shape[:-1] or values.dim() != input.dim():
         raise ValueError(
-            f"values have shape {tuple(values.shape)}; expected {(*input.shape[:-1], 'K')}, K classes for each position "
+            f"values have shape {tuple(values.shape)}; expected {(*input.shape[:-1], 'K')}, K classes per position "
             f"of input, whose shape is {tuple(input.shape)} with the classes last".replace("'K'", "K")
         )
     if indices.shape != values.shape:
@@ -71,7 +71,7 @@ def _check_shapes(input: Tensor, values: Tensor, indices: Tensor) -> None:
         )
     if not 1 <= values.shape[-1] <= classes:
         raise ValueError(
-            f"values list K = {values.shape[-1]} classes at each position; expected 1 to {classes}, the classes of input"
+            f"values list K = {values.shape[-1]} classes per position; expected 1 to {classes}, the classes of input"
         )
 
 
@@ -80,8 +80,8 @@ def _check_logsumexp(target_logsumexp: object, input: Tensor, values_type: str) 
     assert isinstance(target_logsumexp, Tensor)
     if values_type == "log_probs":
         raise ValueError(
-            "target_logsumexp applies to values_type='logits'; log-probabilities have it in them: leave it out, or pass "
-            "values_type='logits'"
+            "target_logsumexp applies to values_type='logits'; log-probabilities have it in them: leave it out, or "
+            "pass values_type='logits'"
         )
     if target_logsumexp.shape != input.shape[:-1]:
         kept = target_logsumexp.shape == (*input.shape[:-1], 1)

@@ -34,9 +34,17 @@ def _log_ratio(log_w: Tensor, log_v: Tensor) -> Tensor:
 
 
 def _term(log_w: Tensor, log_v: Tensor) -> Tensor:
-    """Return w ln(w / v) - w + v, which is at least 0, and +inf where v = 0 alone."""
-    w, v = log_w.exp(), log_v.exp()
-    value = torch.where(log_w == -math.inf, v, w * _log_ratio(log_w, log_v) + (v - w))
+    """Return w ln(w / v) - w + v, which is at least 0, and +inf where v = 0 alone.
+
+    Written as a share of the larger of w and v, it is accurate where they nearly agree.
+    """
+    ratio = _log_ratio(log_w, log_v)
+    w_larger = ratio > 0
+    below = torch.where(w_larger, -ratio, ratio)
+    less = below.expm1()
+    share = torch.where(w_larger, less - below, below * (less + 1) - less)
+    value = torch.where(w_larger, log_w.exp(), log_v.exp()) * share
+    value = torch.where(log_w == -math.inf, log_v.exp(), value)
     return torch.where((log_w != -math.inf) & (log_v == -math.inf), math.inf, value)
 
 
@@ -60,7 +68,10 @@ class _Problem:
         # The logits of a position of weight 0 must not matter, even if they are NaN.
         logits = torch.where(counts, input.to(dtype), 0.0)
         absent = logits == -math.inf
-        self.logits = torch.where(absent, 0.0, logits)
+        # Everything depends on differences of logits; those from the largest one are small where it matters.
+        known = torch.where(absent | logits.isnan(), -math.inf, logits.detach())
+        largest = torch.where(absent.all(-1, keepdim=True), 0.0, known.amax(-1, keepdim=True))
+        self.logits = torch.where(absent, 0.0, torch.where(absent, 0.0, logits) - largest)
         scaled = torch.where(absent, -math.inf, self.logits / self.temperature)
         self.given = counts & (values != -math.inf)
         in_range = (indices >= 0) & (indices < classes)
@@ -93,8 +104,13 @@ class _Problem:
         )
         if renormalized:
             log_sum = _log_sum(self.log_p)
-            self.log_p = torch.where(self.given, self.log_p - torch.where(no_classes, 0.0, log_sum).unsqueeze(-1), -math.inf)
+            self.log_p = torch.where(
+                self.given, self.log_p - torch.where(no_classes, 0.0, log_sum).unsqueeze(-1), -math.inf
+            )
+            # Other logits do not matter, even if they are NaN.
             self.log_rest = torch.full_like(self.log_rest, -math.inf)
+            self.of_others = torch.zeros_like(self.of_others)
+            self.logits = torch.where(self.listed, self.logits, 0.0)
         self.p, self.q = self.log_p.exp(), self.log_q.exp()
         self.q_rest = self.log_rest.exp()
         p_sum = self.p.sum(-1)
@@ -113,14 +129,15 @@ def _value(problem: _Problem, tail: str, reverse: bool) -> Tensor:
     """Return the divergence of each position."""
     of_teacher, of_student = (problem.log_p, problem.log_p_rest), (problem.log_q, problem.log_rest)
     (log_w, log_w_rest), (log_v, log_v_rest) = (of_student, of_teacher) if reverse else (of_teacher, of_student)
+    if tail == "ignore":
+        unbounded = (log_w != -math.inf) & (log_v == -math.inf)
+        return torch.where(unbounded, math.inf, log_w.exp() * _log_ratio(log_w, log_v)).sum(-1)
     value = _term(log_w, log_v).sum(-1)
     if tail == "bucket":
-        value = value + _term(log_w_rest, log_v_rest)
-    if tail != "renormalize":
-        # The terms are w ln(w / v) - w + v; what they have more than w ln(w / v) is known.
-        excess = problem.p_sum - (1.0 if tail == "bucket" else problem.q.sum(-1))
-        value = value - excess if reverse else value + excess
-    return value if tail == "ignore" else torch.where(value < 0, 0.0, value)
+        # The terms are w ln(w / v) - w + v; the sum of what they have more than w ln(w / v) is known.
+        excess = problem.p_sum - 1.0
+        value = value + _term(log_w_rest, log_v_rest) + (-excess if reverse else excess)
+    return torch.where(value < 0, 0.0, value)
 
 
 def loss_of(
@@ -138,10 +155,15 @@ def loss_of(
     value = torch.where(problem.refused, math.nan, _value(problem, tail, reverse))
     loss = _positions.reduced(value, problem.weight, reduction, input.shape[0])
     counts = problem.weight != 0
-    return loss, *(torch.where(counts, m.detach(), 0.0) for m in (problem.target_mass, problem.input_mass))
+    target_mass, input_mass = (
+        torch.where(counts, mass.detach(), 0.0) for mass in (problem.target_mass, problem.input_mass)
+    )
+    return loss, target_mass, input_mass
 
 
-def check_values(values: Tensor, indices: Tensor, weight: Tensor | None, temperature: Tensor, tail: str, classes: int) -> None:
+def check_values(
+    values: Tensor, indices: Tensor, weight: Tensor | None, temperature: Tensor, tail: str, classes: int
+) -> None:
     """Raise if a value that may be read here is not accepted."""
     if _registry.values_are_visible(temperature) and not 0 < temperature.item() < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature.item()}")
@@ -157,8 +179,8 @@ def check_values(values: Tensor, indices: Tensor, weight: Tensor | None, tempera
         first = int((masses > MOST_MASS).flatten().nonzero()[0])
         raise ValueError(
             f"the probabilities that values stand for add up to {masses.flatten()[first].item():.6f} at position "
-            f'{first} (in flattened order); expected at most 1: pass values_type="logits" with target_logsumexp if they '
-            "are logits, else check target_logsumexp and temperature"
+            f'{first} (in flattened order); expected at most 1: pass values_type="logits" with target_logsumexp if '
+            "they are logits, else check target_logsumexp and temperature"
         )
 
 
@@ -240,10 +262,9 @@ def gradients(
     scale = scale.unsqueeze(-1)
     counts = (problem.weight != 0).unsqueeze(-1)
     by_logit = torch.where(counts, by_logit * scale / problem.temperature, 0.0)
-    # The loss depends on z / T alone. The derivatives of a row sum to 0, so that z may be relative to its maximum.
-    relative = problem.logits - problem.logits.detach().amax(-1, keepdim=True)
+    # The loss depends on z / T alone. The derivatives of a row sum to 0, so that z may be relative to its largest.
     bounded = torch.where(unbounded.unsqueeze(-1), 0.0, by_logit)
-    by_temperature = -(relative * bounded).sum() / problem.temperature
+    by_temperature = -(problem.logits * bounded).sum() / problem.temperature
     return by_logit.to(input.dtype), torch.where(counts, by_values * scale, 0.0), by_temperature
 
 
