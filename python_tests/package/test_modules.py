@@ -32,6 +32,10 @@ LOSSES = {
     "distillation": (nn.DistillationLoss(), (*LOGITS, LABELS)),
     "distillation without labels": (WithoutLabels(kd_weight=torch.tensor(0.7)), LOGITS),
     "batch norm": (nn.BatchNormStatLoss(), (IMAGES, *STATISTICS)),
+    "top-k": (
+        nn.TopKKLDivWithLogitsLoss(temperature=torch.tensor(2.0)),
+        (LOGITS[0], *functional.topk_teacher(LOGITS[1], 2)),
+    ),
     "total variation": (nn.TotalVariationLoss("mean", norm_type="l2"), (IMAGES,)),
     "priors": (nn.ImagePriorLoss(tv_l1=0.5, l2=0.1), (IMAGES,)),
 }

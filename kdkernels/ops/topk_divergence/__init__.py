@@ -106,12 +106,13 @@ def topk_kl_div_with_logits(
 
     Special values: where the teacher has probability and the student has none (a logit of -inf), the loss is +inf; the
     gradient of the student is finite, and that of the teacher is 0. In reverse, it is +inf where :math:`p_R = 0` and
-    :math:`q_R > 0`; there the student's gradient is 0. Where :math:`\sum p` exceeds 1 by rounding, :math:`p_R` is 0
-    and the formula is taken as it is, but not below 0. With K = V there is no rest. A position of padding alone has the
-    loss 0; for ``"bucket"``, the rest is then all there is. A row without a finite logit gives NaN.
+    :math:`q_R > 0`, as rounding may leave it where K classes have nearly all probability; there the student's gradient
+    is 0, and ``tail="renormalize"`` is the remedy. Where :math:`\sum p` exceeds 1 by rounding, :math:`p_R` is 0 and the
+    formula is taken as it is, but not below 0. With K = V there is no rest. A position of padding alone has the loss 0;
+    for ``"bucket"``, the rest is then all there is. A row without a finite logit gives NaN.
 
     Forward, the student's row is read once, or only at the listed classes (``"renormalize"``); backward, once more, and
-    its gradient is written once. What is allocated beyond the gradient is K numbers per position or fewer; a learned
+    its gradient is written once. What is allocated beyond the gradient is a few numbers per listed class; a learned
     temperature, a second derivative and forward mode are computed in PyTorch and take several tensors of logits.
 
     Raises:
