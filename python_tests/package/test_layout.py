@@ -20,7 +20,7 @@ CPP_TOOLS = [
     if path.suffix in SUFFIXES
 ]
 ROUTINES = ("inversion", "distillation", "models", "data", "cli")
-SEE_VALUES = {"cases.py", "reference.py"}
+SEE_VALUES = {"_positions.py", "cases.py", "loss_reference.py", "reference.py"}
 CPP_OPS = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name not in {"core", "isa"})
 OPS = {path.parent.name for path in (ROOT / "kdkernels/ops").glob("*/__init__.py")}
 

@@ -106,9 +106,8 @@ def kl_div_with_logits(
         >>> loss.backward()
 
     Tokens that a mask leaves out, and a teacher stored as log-probabilities:
-        >>> student, teacher = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 32).log_softmax(-1)
-        >>> mask = torch.rand(2, 5) > 0.3
-        >>> loss = kl_div_with_logits(student, teacher, target_type="log_probs", position_weight=mask, dim=-1)
+        >>> teacher, mask = teacher.log_softmax(1), torch.rand(8) > 0.3
+        >>> loss = kl_div_with_logits(student, teacher, target_type="log_probs", position_weight=mask)
 
     """
     return _divergence(

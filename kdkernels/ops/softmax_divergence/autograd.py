@@ -97,8 +97,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _grad_saved: None) -> tuple[Te
     if grad_loss is None or not (any(wanted) or of_scalars):
         return (None,) * 12
     arguments = (*restored(ctx), *ctx.options)
-    # The saved gradient is a constant to autograd; a backward that is differentiated itself starts from the logits.
     dim, _, reduction, _ = ctx.options
+    # The saved gradient is a constant to autograd; a backward that is differentiated itself starts from the logits.
     if ctx.save == "gradient" and not wanted[1] and not of_scalars and not torch.is_grad_enabled():
         return scaled(_take_gradient(ctx, grad_loss, arguments), grad_loss, dim, reduction), *(None,) * 11
     in_kernel = of_scalars and not on_gpu(ctx.backend, arguments[1].device)
