@@ -19,7 +19,7 @@ CPP_TOOLS = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in SUFFIXES
 ]
-ROUTINES = ("inversion", "distillation", "models", "data", "cli")
+ROUTINES = ("inversion", "distillation", "models", "data", "cli", "compat")
 SEE_VALUES = {"_positions.py", "cases.py", "loss_reference.py", "reference.py"}
 CPP_OPS = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name not in {"core", "isa"})
 OPS = {path.parent.name for path in (ROOT / "kdkernels/ops").glob("*/__init__.py")}
@@ -82,6 +82,7 @@ def test_imports_point_down(path):
         "testing": ROUTINES,
         "inversion": ("distillation", "cli", "testing"),
         "distillation": ("cli", "testing"),
+        "compat": ("cli", "data", "models", "testing"),
     }.get(layer, ())
     assert not [name for name in names for module in above if name.startswith(f"kdkernels.{module}")]
 
