@@ -13,6 +13,7 @@ from kdkernels.ops.batch_norm_stats import (
     batch_norm_tap,
 )
 from kdkernels.ops.gradient_reversal import gradient_reversal, gradient_reversal_linear
+from kdkernels.ops.pointwise_divergence import binary_kl_div_with_logits, js_div, kl_div
 from kdkernels.ops.softmax_divergence import (
     DivergenceParts,
     distillation_loss,
@@ -35,11 +36,14 @@ __all__ = [
     "batch_norm_stat_loss",
     "batch_norm_stats",
     "batch_norm_tap",
+    "binary_kl_div_with_logits",
     "distillation_loss",
     "gradient_reversal",
     "gradient_reversal_linear",
     "image_prior_losses",
+    "js_div",
     "js_div_with_logits",
+    "kl_div",
     "kl_div_with_logits",
     "topk_kl_div_with_logits",
     "topk_teacher",

@@ -9,6 +9,7 @@ from torch.nn import Module
 from kdkernels import functional
 from kdkernels._coefficients import Coefficients, shown
 from kdkernels._gradient_reversal import GradientReversal, GradientReversalLinear, WarmStartGradientReversal
+from kdkernels._pointwise_losses import BinaryKLDivWithLogitsLoss, KLDivLoss
 from kdkernels._topk_divergence import TopKKLDivWithLogitsLoss
 from kdkernels.ops import total_variation as _total_variation
 from kdkernels.ops._types import ChannelReduction, Mode, Moment, Reduction
@@ -16,11 +17,13 @@ from kdkernels.ops.softmax_divergence import Divergence
 
 __all__ = [
     "BatchNormStatLoss",
+    "BinaryKLDivWithLogitsLoss",
     "DistillationLoss",
     "GradientReversal",
     "GradientReversalLinear",
     "ImagePriorLoss",
     "JSDivWithLogitsLoss",
+    "KLDivLoss",
     "KLDivWithLogitsLoss",
     "TopKKLDivWithLogitsLoss",
     "TotalVariationLoss",

@@ -29,6 +29,8 @@ LOSSES = {
     "kl": (nn.KLDivWithLogitsLoss(temperature=2.0), LOGITS),
     "kl, tensor": (nn.KLDivWithLogitsLoss(temperature=torch.tensor(2.0)), LOGITS),
     "js": (nn.JSDivWithLogitsLoss(beta=torch.tensor(0.3)), LOGITS),
+    "kl of probabilities": (nn.KLDivLoss(reduction="batchmean", log_target=True), LOGITS),
+    "binary kl": (nn.BinaryKLDivWithLogitsLoss(temperature=torch.tensor(2.0), reverse=True), LOGITS),
     "distillation": (nn.DistillationLoss(), (*LOGITS, LABELS)),
     "distillation without labels": (WithoutLabels(kd_weight=torch.tensor(0.7)), LOGITS),
     "batch norm": (nn.BatchNormStatLoss(), (IMAGES, *STATISTICS)),
