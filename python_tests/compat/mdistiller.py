@@ -67,7 +67,7 @@ PROJECT = Project(
     name="mdistiller",
     repository="megvii-research/mdistiller",
     module="mdistiller",
-    before="from mdistiller.distillers.KD import kd_loss; from mdistiller.distillers.DKD import dkd_loss",
+    before="from mdistiller.distillers.DKD import dkd_loss\nfrom mdistiller.distillers.KD import kd_loss",
     after="from kdkernels.compat.mdistiller import dkd_loss, kd_loss",
     conventions=(
         Convention(

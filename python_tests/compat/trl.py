@@ -50,7 +50,8 @@ PROJECT = Project(
     repository="huggingface/trl",
     module="trl",
     before="loss = GKDTrainer.generalized_jsd_loss(student_logits, teacher_logits, labels, beta=0.5)",
-    after="from kdkernels.compat.trl import generalized_jsd_loss; loss = generalized_jsd_loss(student_logits, ...)",
+    after="from kdkernels.compat.trl import generalized_jsd_loss\n"
+    "loss = generalized_jsd_loss(student_logits, teacher_logits, labels, beta=0.5)",
     conventions=(
         Convention(
             call="generalized_jsd_loss(student_logits, teacher_logits, labels=None, beta=0.5, temperature=1.0, "
