@@ -12,7 +12,9 @@ def checked_element_weight(weight: Tensor | None, input: Tensor, dtype: torch.dt
     fits = isinstance(weight, Tensor) and weight.layout is torch.strided and weight.shape == input.shape
     if weight is None or not fits or _tracing.is_jit_traced():
         return checked_position_weight(weight, input, input.shape, dtype)
-    index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in weight.stride())
-    distinct = weight[index]
+    distinct = weight
+    for dim, stride in enumerate(weight.stride()):
+        if stride == 0 and weight.shape[dim] > 1:
+            distinct = distinct.narrow(dim, 0, 1)
     checked = checked_position_weight(distinct, input, distinct.shape, dtype)
     return None if checked is None else checked.expand(input.shape)
