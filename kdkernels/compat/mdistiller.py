@@ -63,11 +63,14 @@ def dkd_loss(
             f"logits_student has shape {tuple(logits_student.shape)} and target {tuple(target.shape)}; expected "
             "[batch, classes] and [batch]"
         )
+    if logits_student.shape[1] < 2:
+        raise ValueError("logits_student has one class; expected two or more, the target and the others")
     of_class = F.one_hot(target, logits_student.shape[1]).bool()
-    others = [side.masked_fill(of_class, -torch.inf) for side in (logits_student, logits_teacher)]
+    sides = [side if side.dtype == torch.float64 else side.float() for side in (logits_student, logits_teacher)]
+    others = [side.masked_fill(of_class, -torch.inf) for side in sides]
     margins = (
         (side / temperature).gather(1, target[:, None]).squeeze(1) - (rest / temperature).logsumexp(1)
-        for side, rest in zip((logits_student, logits_teacher), others, strict=True)
+        for side, rest in zip(sides, others, strict=True)
     )
     of_target = functional.binary_kl_div_with_logits(*margins)
     of_others = functional.kl_div_with_logits(others[0], others[1], temperature=temperature, dim=1)

@@ -5,8 +5,8 @@ Each project has a file here with a ``PROJECT``; :func:`projects` finds them by 
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,8 @@ class Trial:
         documented: The project's formula in plain torch, called with the same inputs.
         inputs: Tensors; those of floating point that get a gradient are in ``differentiable``.
         differentiable: Positions of these inputs.
+        names: What the names in the convention's ``ours`` stand for in this call, where that is to be the same; empty
+            to leave it out.
 
     """
 
@@ -33,6 +35,7 @@ class Trial:
     documented: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
     differentiable: tuple[int, ...] = (0,)
+    names: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

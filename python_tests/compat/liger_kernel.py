@@ -41,7 +41,8 @@ def jsd_trials():
     labels = torch.tensor([3, -100, 0, 8, -100, 1])
     for beta in (0.0, 0.1, 0.5, 0.9, 1.0):
         for name, inputs in (("", logs), (", labels", (*logs, labels)), (", all ignored", (*logs, labels * 0 - 100))):
-            yield Trial(f"beta={beta}{name}", LigerJSD(beta), documented_jsd(beta), inputs)
+            names = {} if name else {"log_q": logs[0], "log_p": logs[1], "beta": beta}
+            yield Trial(f"beta={beta}{name}", LigerJSD(beta), documented_jsd(beta), inputs, names=names)
 
 
 def kl_trials():
@@ -51,7 +52,8 @@ def kl_trials():
     below[0, :2] = 0
     for reduction in ("none", "mean", "sum", "batchmean"):
         module = LigerKLDIVLoss(reduction=reduction)
-        yield Trial(reduction, module, documented_kl(reduction), (log_q, p))
+        names = {"y_pred": log_q, "y_true": p} if reduction == "batchmean" else {}
+        yield Trial(reduction, module, documented_kl(reduction), (log_q, p), names=names)
         yield Trial(f"{reduction}, below eps", module, documented_kl(reduction), (log_q, below))
         logs = LigerKLDIVLoss(reduction=reduction, log_target=True)
         yield Trial(f"{reduction}, log_target", logs, documented_kl(reduction, True), (log_q, log_p))

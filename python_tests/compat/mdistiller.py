@@ -43,9 +43,10 @@ def kd_trials():
     for temperature in (1.0, 4.0):
         for logit_stand in (False, True):
             options = {"temperature": temperature, "logit_stand": logit_stand}
+            names = {"student": logits[0], "teacher": logits[1], "T": temperature, "logit_stand": logit_stand}
             yield Trial(
                 f"T={temperature}, logit_stand={logit_stand}", partial(kd_loss, **options), documented_kd(**options),
-                logits, (0, 1),
+                logits, (0, 1), names,
             )  # fmt: skip
     maps = normal(2, 5, 3, 4, seed=4), normal(2, 5, 3, 4, seed=5)
     yield Trial("feature maps", partial(kd_loss, temperature=4.0), documented_kd(4.0), maps, (0, 1))

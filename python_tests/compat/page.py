@@ -33,7 +33,7 @@ def table(conventions: tuple[Convention, ...]) -> str:
 
 
 def section(project: Project) -> str:
-    code = f"```python\n# before\n{project.before}\n# after\n{project.after}\n```"
+    code = f"```python\n# before\n{project.before}\n\n# after\n{project.after}\n```"
     return f"## {project.name}\n\n`{project.repository}`\n\n{code}\n\n{table(project.conventions)}\n"
 
 

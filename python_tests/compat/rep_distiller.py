@@ -17,7 +17,8 @@ def documented(temperature):
 def trials():
     for temperature in (1.0, 4.0, 20.0):
         inputs = normal(5, 10, seed=0, scale=3), normal(5, 10, seed=1, scale=3)
-        yield Trial(f"T={temperature}", DistillKL(temperature), documented(temperature), inputs, (0, 1))
+        names = dict(zip(("y_s", "y_t"), inputs, strict=True)) | {"T": temperature}
+        yield Trial(f"T={temperature}", DistillKL(temperature), documented(temperature), inputs, (0, 1), names)
     far = normal(3, 7, seed=2, scale=1e3), normal(3, 7, seed=3, scale=1e3)
     yield Trial("logits of 1000", DistillKL(4.0), documented(4.0), far)
     maps = normal(2, 5, 3, 4, seed=4), normal(2, 5, 3, 4, seed=5)

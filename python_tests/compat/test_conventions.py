@@ -7,7 +7,7 @@ import pkgutil
 import pytest
 import torch
 
-from kdkernels import compat
+from kdkernels import compat, functional
 from kdkernels.testing.selftest import results_of
 
 from .conventions import projects
@@ -28,6 +28,15 @@ def test_value_and_gradient_are_those_of_the_project(trial):
     expected = results_of(trial.documented, trial.inputs, trial.differentiable)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("of", [of for project in PROJECTS for of in project.conventions], ids=lambda of: of.call)
+def test_our_own_call_gives_the_same(of):
+    """What the page shows, with the names of the call filled in."""
+    for trial in of.trials:
+        if trial.names:
+            found = eval(of.ours, {**vars(functional), **trial.names})
+            torch.testing.assert_close(found, trial.compat(*trial.inputs), rtol=1e-10, atol=1e-10)
 
 
 def test_every_callable_has_a_convention():

@@ -46,7 +46,11 @@ def trials():
         name = ", ".join(f"{key}={value}" for key, value in options.items())
         kept = labels.clamp(min=0) if "ignore_index" in options else labels
         yield Trial(name, ours(**options), documented(**options), logits, (0, 1))
-        yield Trial(f"{name}, targets", ours(**options), documented(**options), (*logits, kept), (0, 1))
+        names = {}
+        if list(options) == ["temperature", "alpha"] and options["alpha"]:
+            names = {"student": logits[0], "teacher": logits[1], "targets": kept, "T": options["temperature"]}
+            names |= {"alpha": options["alpha"], "beta": 1 - options["alpha"]}
+        yield Trial(f"{name}, targets", ours(**options), documented(**options), (*logits, kept), (0, 1), names)
     options = {"temperature": 2.0, "alpha": 0.5, "reduction": "none"}
     yield Trial("none", ours(**options), documented(**options), logits, (0, 1))
     options = {"temperature": 2.0, "alpha": 0.5}

@@ -40,7 +40,9 @@ def trials():
                 return generalized_jsd_loss(student_logits, teacher_logits, labels, **options)
 
             for name, inputs in (("", logits), (", labels", (*logits, labels))):
-                yield Trial(f"beta={beta}, {reduction}{name}", ours, documented(**options), inputs, (0, 1))
+                names = dict(zip(("student_logits", "teacher_logits", "labels"), inputs, strict=False))
+                names = names | {"beta": beta, "T": 1.5} if "labels" in names and reduction == "batchmean" else {}
+                yield Trial(f"beta={beta}, {reduction}{name}", ours, documented(**options), inputs, (0, 1), names)
     far = normal(2, 3, 7, seed=3, scale=300), normal(2, 3, 7, seed=4, scale=300)
     yield Trial("logits of 300", generalized_jsd_loss, documented(), far, (0, 1))
 
@@ -50,7 +52,7 @@ PROJECT = Project(
     repository="huggingface/trl",
     module="trl",
     before="loss = GKDTrainer.generalized_jsd_loss(student_logits, teacher_logits, labels, beta=0.5)",
-    after="from kdkernels.compat.trl import generalized_jsd_loss\n"
+    after="from kdkernels.compat.trl import generalized_jsd_loss\n\n"
     "loss = generalized_jsd_loss(student_logits, teacher_logits, labels, beta=0.5)",
     conventions=(
         Convention(
