@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import of_cpu
 
+import kdkernels
 from kdkernels.functional import binary_kl_div_with_logits, js_div, kl_div
 
 F64 = torch.float64
@@ -127,6 +128,19 @@ def test_wrong_weights(bad, expanded, backend):
             ValueError, match=r"position_weight\[4\] \(in flattened order\) is -?[0-9a-z.]+; expected a"
         ):
             function(torch.zeros(3, 4), torch.zeros(3, 4), position_weight=weight)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+def test_wrong_values_that_nobody_may_read_give_nan(reduction, monkeypatch):
+    """As on a GPU without set_debug."""
+    monkeypatch.setattr("kdkernels.ops._registry.values_are_visible", lambda tensor: False)
+    s, p = torch.zeros(3, 2), torch.full((3, 2), 0.5)
+    weight, beyond = torch.ones(3, 2), p.clone()
+    weight[1, 1], beyond[1, 1] = -1.0, 1.5
+    with kdkernels.set_backend("reference"):
+        for function in (js_div, binary_kl_div_with_logits):
+            assert function(s, p, position_weight=weight, reduction=reduction).isnan()
+        assert binary_kl_div_with_logits(s, beyond, target_type="probs", reduction=reduction).isnan()
 
 
 @of_cpu

@@ -218,11 +218,12 @@ class _Problem:
         sides = input.to(dtype), target.to(dtype)
         temperature, beta = (scalar.to(device=device, dtype=dtype) for scalar in (temperature, beta))
         self.elements = (*sides, temperature.where(temperature > 0, math.nan), beta, divergence)
-        self.weight = weight
+        self.weight = None
         if weight is None:
             self.normalizer = torch.ones_like(temperature) / (max(input.numel(), 1) if reduction == "mean" else 1)
-        else:
-            self.normalizer = 1 / divisor("mean" if reduction == "mean" else "sum", weight, 1)
+        else:  # a number that is no weight gives NaN where nothing has read it before
+            self.weight = torch.where((weight >= 0) & (weight < math.inf), weight, math.nan)
+            self.normalizer = 1 / divisor("mean" if reduction == "mean" else "sum", self.weight, 1)
 
     def value(self) -> Tensor:
         return self.weighted(_elements(*self.elements, False))  # type: ignore[arg-type]
