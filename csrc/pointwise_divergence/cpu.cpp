@@ -37,31 +37,25 @@ void for_each_number(const Tensor& tensor, const Body& body) {
   }
 }
 
-// The weights that lie in memory, each of which is checked, and how often each of them counts
-double sum_of_element_weights(const Tensor& weight) {
+// The sum of the weights, each of which is checked. Those of an expanded tensor lie in memory once.
+double checked_sum(const Tensor& weight) {
   int64_t distinct = 1;
   bool dense = true;
   for (int64_t d = weight.dim() - 1; d >= 0; --d) {
-    if (weight.stride(d) == 0) continue;
-    dense = dense && (weight.size(d) == 1 || weight.stride(d) == distinct);
+    if (weight.stride(d) == 0 || weight.size(d) == 1) continue;
+    dense = dense && weight.stride(d) == distinct;
     distinct *= weight.size(d);
+  }
+  if (weight.numel() == 0) return 0;
+  if (dense) {
+    const ElementWeights weights{weight.const_data_ptr(), is_double(weight), distinct};
+    const double total = sum_over_chunks(
+        weights.chunks(), [&](int64_t begin, int64_t end) { return sum_of_element_weights(weights, begin, end); });
+    if (std::isfinite(total)) return total * double(weight.numel() / distinct);
   }
   double total = 0;
   dispatch_compute_type(is_double(weight), [&](auto type) {
     using S = typename decltype(type)::type;
-    const S* const data = static_cast<const S*>(weight.const_data_ptr());
-    bool valid = dense;
-    if (dense && weight.numel() > 0) {
-      total = sum_over_chunks(Chunks(distinct, 1), [&](int64_t begin, int64_t end) {
-        double sums[4] = {};
-        for (int64_t i = begin; i < end; ++i) sums[i & 3] += double(data[i] >= S(0) ? data[i] : S(NAN));
-        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      });
-      total *= double(weight.numel() / distinct);
-      valid = std::isfinite(total);
-    }
-    if (valid) return;
-    total = 0;
     for_each_number<S>(weight,
                        [&](int64_t i, S number) { total += checked_weight("position_weight", i, double(number)); });
   });
@@ -92,7 +86,7 @@ void check_probabilities(const Tensor& target, const std::optional<Tensor>& weig
 }
 
 double normalizer_of(const Tensor& input, const std::optional<Tensor>& weight, const std::string& reduction) {
-  const double total = weight ? sum_of_element_weights(*weight) : double(input.numel());
+  const double total = weight ? checked_sum(*weight) : double(input.numel());
   return reduction == "mean" ? math::inverse(total) : 1;
 }
 

@@ -200,6 +200,22 @@ KDKERNELS_INLINE double with_compute_vector(const PointwiseCall& call, const Bod
   return body(Vector<float, KDKERNELS_VECTOR_BYTES>());
 }
 
+double sum_of_element_weights(const ElementWeights& weights, int64_t begin, int64_t end) {
+  const auto sum_of = [&](auto vector) {
+    using V = decltype(vector);
+    using S = Scalar<V>;
+    const S* const data = static_cast<const S*>(weights.data);
+    ExactSum<V> sum;
+    for (int64_t i = begin; i < end; i += lanes<V>) {
+      const V weight = end - i >= lanes<V> ? load<V>(data + i) : load_part<V>(data + i, end - i, S(0));
+      sum.add(select(weight >= S(0), weight, splat<V>(math::not_a_number<V>)));
+    }
+    return total_of(sum);
+  };
+  return weights.is_double ? sum_of(Vector<double, KDKERNELS_VECTOR_BYTES>())
+                           : sum_of(Vector<float, KDKERNELS_VECTOR_BYTES>());
+}
+
 double pointwise_losses(const PointwiseCall& call, int64_t begin, int64_t end) {
   return with_compute_vector(call, [&](auto vector) {
     using V = decltype(vector);

@@ -34,4 +34,17 @@ KDKERNELS_KERNEL(double, pointwise_losses, (const PointwiseCall& call, int64_t b
 KDKERNELS_KERNEL(double, pointwise_gradients, (const PointwiseCall& call, int64_t begin, int64_t end),
                  (call, begin, end))
 
+// Weights that lie next to each other
+struct ElementWeights {
+  const void* data;
+  bool is_double;
+  int64_t count;
+
+  Chunks chunks() const { return {count, 1}; }
+};
+
+// The sum of the weights begin to end; not finite if one of them is negative or not finite.
+KDKERNELS_KERNEL(double, sum_of_element_weights, (const ElementWeights& weights, int64_t begin, int64_t end),
+                 (weights, begin, end))
+
 }  // namespace kdkernels::cpu
