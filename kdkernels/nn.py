@@ -1,5 +1,6 @@
 """Modules of the functions in :mod:`kdkernels.functional`; their ``repr`` shows what they compute."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -232,37 +233,67 @@ class BatchNormStatLoss(Module):
 
 
 class TotalVariationLoss(Module):
-    """Module of :func:`kdkernels.functional.total_variation`; call it with images."""
+    """Module of :func:`kdkernels.functional.total_variation`; call it with images or volumes, and a mask if any."""
 
     def __init__(
         self,
         reduction: _total_variation.Reduction = "sum",
         *,
         norm_type: _total_variation.NormType = "l1",
-        directions: Literal[1, 2, 4] = 2,
+        directions: Literal[1, 2, 3, 4] | None = None,
         eps: float = 0.0,
+        spatial_dims: Literal[1, 2, 3] = 2,
+        axis_weight: float | Sequence[float] | None = None,
+        axis_reduction: Literal["sum", "mean"] | None = None,
+        spacing: float | Sequence[float] | None = None,
+        delta: float | None = None,
     ) -> None:
         super().__init__()
         self.reduction: _total_variation.Reduction = reduction
         self.norm_type: _total_variation.NormType = norm_type
-        self.directions: Literal[1, 2, 4] = directions
+        self.directions: Literal[1, 2, 3, 4] | None = directions
         self.eps = eps
+        self.spatial_dims: Literal[1, 2, 3] = spatial_dims
+        self.axis_weight = axis_weight
+        self.axis_reduction: Literal["sum", "mean"] | None = axis_reduction
+        self.spacing = spacing
+        self.delta = delta
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the total variation of the images."""
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the total variation of the images, of the pairs inside the mask if there is one."""
         return functional.total_variation(
-            input, self.reduction, norm_type=self.norm_type, directions=self.directions, eps=self.eps
+            input,
+            self.reduction,
+            norm_type=self.norm_type,
+            directions=self.directions,
+            eps=self.eps,
+            spatial_dims=self.spatial_dims,
+            axis_weight=self.axis_weight,
+            axis_reduction=self.axis_reduction,
+            spacing=self.spacing,
+            mask=mask,
+            delta=self.delta,
         )
 
     def extra_repr(self) -> str:
         """Show which total variation it is."""
+        squares = "dx^2 + dy^2" if self.spatial_dims == 2 else "|d|^2"
         formula = {
             "l1": "sum |d|",
             "l2": "sqrt(sum d^2)",
             "l2_squared": "sum d^2",
-            "isotropic": f"sum sqrt(dx^2 + dy^2 + {self.eps})",
+            "isotropic": f"sum sqrt({squares} + {self.eps})",
+            "huber": f"sum huber(d), delta={1.0 if self.delta is None else self.delta}",
         }.get(self.norm_type, self.norm_type)
-        return f"{formula}, directions={self.directions}, reduction={self.reduction!r}"
+        options = {
+            "directions": self.directions,
+            "spatial_dims": None if self.spatial_dims == 2 else self.spatial_dims,
+            "axis_weight": self.axis_weight,
+            "axis_reduction": self.axis_reduction,
+            "spacing": self.spacing,
+        }
+        given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+        return f"{formula}{given}, reduction={self.reduction!r}"
 
 
 class ImagePriorLoss(Module):

@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from contract import ACCURACY, BACKENDS, DEVICE, KERNEL_BACKEND, KERNELS, OpContract, has_kernels, on_device
+from contract import ACCURACY, BACKENDS, DEVICE, KERNEL_BACKEND, KERNELS, OpContract, on_device
 from hypothesis import settings
 
 import kdkernels
@@ -26,10 +26,10 @@ def pytest_collection_modifyitems(config, items):
     kept, left_out = [], []
     for item in items:
         of_kernels = item.get_closest_marker("of_kernels") is not None
-        op = getattr(item.cls, "op", None)
+        is_contract = item.cls is not None and issubclass(item.cls, OpContract)
         if of_kernels and not KERNELS:
             item.add_marker(pytest.mark.skip(reason="KDKERNELS_BUILD=none: there are no kernels"))
-        (left_out if of_kernels and KERNELS and op and not has_kernels(op) else kept).append(item)
+        (left_out if of_kernels and KERNELS and is_contract and not item.cls.has_kernels() else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept

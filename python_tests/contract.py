@@ -23,7 +23,7 @@ if os.environ.get("KDKERNELS_TEST_TARGET") == "emulated":
 from transforms import UnderTransforms, leaves_of
 
 import kdkernels
-from kdkernels.ops._cases import DTYPES, Call, Case, cases_of, registry
+from kdkernels.ops._cases import DTYPES, Call, Case, registry
 from kdkernels.testing.selftest import Accuracy, accuracy_of, error_in_ulp, results_of, tensors_of
 
 ACCURACY: list[Accuracy] = []
@@ -92,8 +92,12 @@ class OpContract(UnderTransforms):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
 
     @classmethod
+    def all_cases(cls, dtype: torch.dtype) -> Iterator[Case]:
+        return registry()[cls.op].accuracy(dtype, DEVICE)
+
+    @classmethod
     def cases(cls, dtype: torch.dtype) -> Iterator[Case]:
-        cases = cases_of(cls.op, dtype, DEVICE)
+        cases = cls.all_cases(dtype)
         return islice(cases, DTYPES.index(dtype), None, 5) if CORE_GRID else cases
 
     @classmethod
@@ -101,8 +105,12 @@ class OpContract(UnderTransforms):
         return registry()[cls.op].calls()
 
     @classmethod
+    def has_kernels(cls) -> bool:
+        return has_kernels(cls.op)
+
+    @classmethod
     def backends(cls) -> tuple[str, ...]:
-        return BACKENDS if has_kernels(cls.op) else ("reference",)
+        return BACKENDS if cls.has_kernels() else ("reference",)
 
     @classmethod
     @abstractmethod
@@ -283,6 +291,22 @@ class OpContract(UnderTransforms):
                 [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
             )
             assert result.returncode == 0, result.stdout + result.stderr
+
+
+class OnTheCPU:
+    """Derive from this before :class:`OpContract` for an op with kernels on the CPU alone beside ops with others."""
+
+    @classmethod
+    def all_cases(cls, dtype: torch.dtype) -> Iterator[Case]:
+        return registry()[cls.op].cpu_accuracy(dtype, DEVICE)
+
+    @classmethod
+    def calls(cls) -> list[Call]:
+        return registry()[cls.op].cpu_calls()
+
+    @classmethod
+    def has_kernels(cls) -> bool:
+        return TARGET == "cpu"
 
 
 def _opcheck(name: str, backend: str, arguments: tuple[Any, ...]) -> None:

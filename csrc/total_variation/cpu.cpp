@@ -8,6 +8,7 @@
 #include "core/cpu/memory.h"
 #include "core/cpu/parallel.h"
 #include "total_variation/binding.h"
+#include "total_variation/cpu_volumes_binding.h"
 #include "total_variation/plan.h"
 
 namespace kdkernels::cpu {
@@ -126,6 +127,62 @@ Tensor total_variation_backward(Tensor grad_output, Tensor image, Tensor norms, 
   return images.finish();
 }
 
+void set_axes(VolumeArguments& arguments, const Tensor& scale, const Tensor& threshold, double eps) {
+  const std::vector<double> scales = numbers_of(scale), thresholds = numbers_of(threshold);
+  const size_t missing = 3 - scales.size();
+  for (size_t axis = missing; axis < 3; ++axis) {
+    arguments.scale[axis] = scales[axis - missing];
+    arguments.threshold[axis] = thresholds[axis - missing];
+  }
+  arguments.eps = eps;
+}
+
+std::tuple<Tensor, Tensor> total_variation_nd(Tensor input, std::optional<Tensor> mask, Tensor scale, Tensor threshold,
+                                              double eps, std::string norm_type, std::string average,
+                                              std::string reduction) {
+  VolumeTensors tensors(input, mask);
+  const VolumeOptions options{norm_type, average, reduction};
+  VolumeArguments& arguments = tensors.arguments;
+  arguments.norm = options.norm();
+  set_axes(arguments, scale, threshold, eps);
+  VolumeCall call(arguments);
+  std::vector<VolumeSums> partial(size_t(call.items())), images(size_t(call.images));
+  call.partial = partial.data();
+  run_kernel(volume_sums, call);
+  const int64_t items = call.planes * call.tiles * call.runs;
+  for (int64_t item = 0; item < call.items(); ++item) images[size_t(item / items)].add(partial[size_t(item)]);
+  std::vector<double> values, factors;
+  std::vector<VolumeCoefficients> coefficients;
+  options.reduce(arguments, images, bool(mask), values, coefficients);
+  double total = 0;
+  for (size_t b = 0; b < values.size(); ++b) {
+    total += values[b];
+    for (const double factor : coefficients[b].axis) factors.push_back(factor);
+  }
+  if (reduction == "mean") total *= math::inverse(double(values.size()));
+  return {reduction == "none" ? tensor_of(input, {int64_t(values.size())}, values) : tensor_of(input, {}, {total}),
+          tensor_of(input, {int64_t(values.size()), 3}, factors)};
+}
+
+Tensor total_variation_nd_backward(Tensor grad_output, Tensor input, std::optional<Tensor> mask, Tensor scale,
+                                   Tensor threshold, Tensor coefficients, double eps, std::string norm_type,
+                                   std::string average, std::string reduction) {
+  VolumeTensors tensors(input, mask);
+  tensors.set_output(new_output(input));
+  VolumeArguments& arguments = tensors.arguments;
+  arguments.norm = VolumeOptions{norm_type, average, reduction}.norm();
+  set_axes(arguments, scale, threshold, eps);
+  const std::vector<double> grad = numbers_of(grad_output), factors = numbers_of(coefficients);
+  std::vector<VolumeCoefficients> by_image(size_t(arguments.images));
+  for (size_t i = 0; i < factors.size(); ++i) {
+    by_image[i / 3].axis[i % 3] = factors[i] * grad[reduction == "none" ? i / 3 : 0];
+  }
+  VolumeCall call(arguments);
+  call.coefficients = by_image.data();
+  run_kernel(volume_gradients, call);
+  return tensors.finish();
+}
+
 }  // namespace
 }  // namespace kdkernels::cpu
 
@@ -134,4 +191,6 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("image_prior_losses_backward.native", TORCH_BOX(&kdkernels::cpu::image_prior_losses_backward));
   m.impl("total_variation.native", TORCH_BOX(&kdkernels::cpu::total_variation));
   m.impl("total_variation_backward.native", TORCH_BOX(&kdkernels::cpu::total_variation_backward));
+  m.impl("total_variation_nd.native", TORCH_BOX(&kdkernels::cpu::total_variation_nd));
+  m.impl("total_variation_nd_backward.native", TORCH_BOX(&kdkernels::cpu::total_variation_nd_backward));
 }

@@ -6,6 +6,7 @@
 
 #include "core/cpu/scratch.h"
 #include "core/sums.h"
+#include "total_variation/cpu_volumes.h"
 #include "total_variation/math.h"
 #include "total_variation/plan.h"
 

@@ -108,4 +108,39 @@ struct DifferenceCoefficients {
   }
 };
 
+// What a difference of two neighbours in a volume counts as: |d|, d^2, Huber's loss, or a part of the length of a
+// gradient
+enum class PairNorm { absolute, square, huber, isotropic };
+
+// d^2 / 2 up to the threshold, threshold * (|d| - threshold / 2) beyond; NaN stays NaN
+template <class V>
+KDKERNELS_INLINE V huber(V d, Scalar<V> threshold) {
+  const V magnitude = absolute(d);
+  return select(magnitude > threshold, threshold * (magnitude - Scalar<V>(0.5) * threshold), Scalar<V>(0.5) * d * d);
+}
+
+template <PairNorm norm, class V>
+KDKERNELS_INLINE V pair_term(V difference, Scalar<V> threshold) {
+  if constexpr (norm == PairNorm::absolute) {
+    return absolute(difference);
+  } else if constexpr (norm == PairNorm::huber) {
+    return huber(difference, threshold);
+  } else {
+    return difference * difference;
+  }
+}
+
+// The derivative of a term, that of the square divided by 2; it is odd in the difference.
+template <PairNorm norm, class V>
+KDKERNELS_INLINE V pair_slope(V difference, Scalar<V> threshold) {
+  if constexpr (norm == PairNorm::absolute) {
+    return sign(difference);
+  } else if constexpr (norm == PairNorm::huber) {
+    return select(difference > threshold, splat<V>(threshold),
+                  select(difference < -threshold, splat<V>(-threshold), difference));
+  } else {
+    return difference;
+  }
+}
+
 }  // namespace kdkernels::math

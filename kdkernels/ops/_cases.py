@@ -146,6 +146,8 @@ class OpCases:
         op: Name of the op's folder.
         accuracy: Function that yields the cases of a dtype on a device.
         calls: Function that returns small calls in float64, with at most 50 elements in each input.
+        cpu_accuracy: Cases of an op of the folder that has kernels on the CPU alone, if there is one.
+        cpu_calls: Small calls of that op.
         far_calls: Calls on tensors that 32-bit offsets cannot span.
         functions: Functions that are timed.
         workload: Function that returns the workload of one of these functions for a shape, a dtype and a variant.
@@ -157,6 +159,8 @@ class OpCases:
     op: str
     accuracy: Callable[[torch.dtype, str], Iterator[Case]]
     calls: Callable[[], list[Call]]
+    cpu_accuracy: Callable[[torch.dtype, str], Iterator[Case]] | None = None
+    cpu_calls: Callable[[], list[Call]] | None = None
     far_calls: tuple[FarCall, ...] = ()
     functions: tuple[str, ...] = ()
     workload: Callable[[str, tuple[int, ...], torch.dtype, str], Workload] | None = None
@@ -182,8 +186,11 @@ def registry() -> dict[str, OpCases]:
 
 
 def cases_of(op: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
-    """Yield the cases of an op in a dtype."""
-    yield from registry()[op].accuracy(dtype, device)
+    """Yield the cases of an op in a dtype; on the CPU also those of the op with kernels on the CPU alone."""
+    cases = registry()[op]
+    yield from cases.accuracy(dtype, device)
+    if cases.cpu_accuracy is not None and torch.device(device).type == "cpu":
+        yield from cases.cpu_accuracy(dtype, device)
 
 
 def workload(function: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, variant: str = "") -> Workload:

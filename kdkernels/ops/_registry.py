@@ -177,6 +177,7 @@ def define(
     backward: Callable[..., Any] | None = None,
     forward_mode: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
+    triton: bool = True,
 ) -> Op:
     """Define an op for every backend.
 
@@ -189,6 +190,7 @@ def define(
         backward: Autograd formula; ``ctx.backend`` is the backend of the forward.
         forward_mode: Function in differentiable PyTorch that runs instead where tensors may carry tangents.
         jvp: Forward-mode formula, from the context and the tangents of all arguments; with neither, they raise.
+        triton: Whether ``triton.py`` of the op's folder, if there is one, has this op.
 
     """
     for backend in BACKENDS:
@@ -204,7 +206,8 @@ def define(
             op.applied[backend] = _autograd.plain_apply(function)
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     package = reference.__module__.rpartition(".")[0]
-    for key in _loader.triton_keys() if importlib.util.find_spec(f"{package}.triton") else ():
+    has_triton = triton and importlib.util.find_spec(f"{package}.triton") is not None
+    for key in _loader.triton_keys() if has_triton else ():
         _library.impl(f"{name}.triton", _triton_launcher(package, name), key)
     return op
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw, layouts, one_of, register
-from kdkernels.ops.total_variation import PASSES, image_prior_losses, total_variation
+from kdkernels.ops.total_variation import PASSES, image_prior_losses, total_variation, volumes_cases
 
 SHAPES = ((2, 3, 5, 7), (1, 1, 1, 1), (2, 3, 1, 9), (2, 1, 9, 1), (3, 3, 40, 37), (2, 5, 17, 16), (1, 2, 3, 200))
 NORMS = (("l1", 1), ("l1", 2), ("l1", 4), ("l2", 2), ("l2", 4), ("l2_squared", 2), ("l2_squared", 4), ("isotropic", 2))
@@ -131,6 +131,8 @@ register(
     __package__,
     accuracy=cases,
     calls=calls,
+    cpu_accuracy=volumes_cases.cases,
+    cpu_calls=volumes_cases.calls,
     far_calls=(FarCall(_tv_l1, (2, 3, 9, 20)), FarCall(total_variation, (2, 3, 9, 20), dim=2)),
     functions=(PRIORS, VARIATION),
     workload=workload,
