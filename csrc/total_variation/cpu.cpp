@@ -1,6 +1,7 @@
 // Total variation and the image priors of DeepInversion.
 #include <cmath>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -8,7 +9,7 @@
 #include "core/cpu/memory.h"
 #include "core/cpu/parallel.h"
 #include "total_variation/binding.h"
-#include "total_variation/cpu_volumes_binding.h"
+#include "total_variation/cpu_volume_binding.h"
 #include "total_variation/plan.h"
 
 namespace kdkernels::cpu {
@@ -135,6 +136,11 @@ void set_axes(VolumeArguments& arguments, const Tensor& scale, const Tensor& thr
     arguments.threshold[axis] = thresholds[axis - missing];
   }
   arguments.eps = eps;
+  for (const double factor : scales) {
+    if (factor >= 0 && std::isfinite(factor)) continue;
+    throw std::invalid_argument("axis_weight, spacing and delta give an axis the factor " + std::to_string(factor) +
+                                "; expected finite numbers, 0 or more");
+  }
 }
 
 std::tuple<Tensor, Tensor> total_variation_nd(Tensor input, std::optional<Tensor> mask, Tensor scale, Tensor threshold,

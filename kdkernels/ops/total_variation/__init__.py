@@ -169,17 +169,18 @@ def total_variation(
 
     """
     _checks.check_floating("input", input)
-    batched = _check_options(input, reduction, norm_type, eps, spatial_dims, axis_reduction, delta)
+    axes = _checked_axes(spatial_dims)
+    batched = _check_options(input, reduction, norm_type, eps, axes, axis_reduction, delta)
     images = input if batched else input.unsqueeze(0)
     plain = axis_weight is None and axis_reduction is None and spacing is None and mask is None
-    if plain and spatial_dims == 2 and norm_type != "huber":
+    if plain and axes == 2 and norm_type != "huber":
         _check_directions(directions, norm_type)
         loss: Tensor = _VARIATION.run_on(input.device, images, norm_type, directions or 2, float(eps), reduction)[0]
     else:
-        if directions not in (None, spatial_dims):
+        if directions is not None and directions != axes:
             raise ValueError(
-                f"directions is {directions!r}; with spatial_dims={spatial_dims}, or a weight, spacing, mask, "
-                f"axis_reduction or 'huber', the directions are those of the axes: leave it out or pass {spatial_dims}"
+                f"directions is {directions!r}; with spatial_dims={axes}, or a weight, spacing, mask, axis_reduction or "
+                f"'huber', the directions are those of the axes: leave it out or pass {axes}"
             )
         loss = volumes.total_variation_nd(
             images,
@@ -195,23 +196,29 @@ def total_variation(
     return loss if batched or reduction != "none" else loss.squeeze(0)
 
 
+def _checked_axes(spatial_dims: object) -> int:
+    """Return the number of axes as a constant, where a compiled call has a symbol for it."""
+    for axes in volumes.AXES:
+        if spatial_dims == axes:
+            return axes
+    raise ValueError(f"spatial_dims is {spatial_dims!r}; accepted are 1, 2 and 3")
+
+
 def _check_options(
     input: Tensor,
     reduction: str,
     norm_type: str,
     eps: float,
-    spatial_dims: int,
+    axes: int,
     axis_reduction: str | None,
     delta: object,
 ) -> bool:
     """Return whether the input is a batch, or raise."""
-    if spatial_dims not in volumes.AXES:
-        raise ValueError(f"spatial_dims is {spatial_dims!r}; accepted are 1, 2 and 3")
-    if input.dim() not in (spatial_dims + 1, spatial_dims + 2):
-        axes = ", ".join(volumes.AXES[spatial_dims])
+    if input.dim() not in (axes + 1, axes + 2):
+        names = ", ".join(volumes.AXES[axes])
         other = {3: "sequences [B, C, L] need spatial_dims=1", 5: "volumes [B, C, D, H, W] need spatial_dims=3"}
         remedy = f"; {other[input.dim()]}" if input.dim() in other else ""
-        raise ValueError(f"input must be [B, C, {axes}] or [C, {axes}], got shape {tuple(input.shape)}{remedy}")
+        raise ValueError(f"input must be [B, C, {names}] or [C, {names}], got shape {tuple(input.shape)}{remedy}")
     _checks.check_choice("reduction", reduction, ("none", "mean", "sum"))
     _checks.check_choice("norm_type", norm_type, ("l1", "l2", "l2_squared", "isotropic", "huber"))
     if not 0 <= eps < float("inf") or (eps != 0 and norm_type != "isotropic"):
@@ -225,7 +232,7 @@ def _check_options(
             )
     if delta is not None and norm_type != "huber":
         raise ValueError(f"delta is {_checks.number_of(delta)!r}; it is the threshold of norm_type='huber' only")
-    return input.dim() == spatial_dims + 2
+    return input.dim() == axes + 2
 
 
 def _check_directions(directions: int | None, norm_type: str) -> None:

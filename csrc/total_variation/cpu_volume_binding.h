@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "core/dispatch.h"
-#include "total_variation/cpu_volumes_plan.h"
+#include "total_variation/cpu_volume_plan.h"
 
 namespace kdkernels::cpu {
 

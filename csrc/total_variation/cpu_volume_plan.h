@@ -61,7 +61,7 @@ struct VolumeCoefficients {
 // tile of the last slice.
 struct VolumeCall : VolumeArguments {
   static constexpr int64_t tile_numbers = 8192, item_numbers = 65536;
-  static constexpr int64_t short_row = 256, joined_numbers = 1024;
+  static constexpr int64_t short_row = 48, joined_numbers = 1024;
 
   int64_t joined;           // rows without gaps between them that are taken as one
   int64_t tile, tiles;      // rows of a tile, tiles of a plane
