@@ -172,15 +172,19 @@ def total_variation(
     axes = _checked_axes(spatial_dims)
     batched = _check_options(input, reduction, norm_type, eps, axes, axis_reduction, delta)
     images = input if batched else input.unsqueeze(0)
-    plain = axis_weight is None and axis_reduction is None and spacing is None and mask is None
+    plain = axis_weight is None and axis_reduction != "mean" and spacing is None and mask is None
     if plain and axes == 2 and norm_type != "huber":
         _check_directions(directions, norm_type)
-        loss: Tensor = _VARIATION.run_on(input.device, images, norm_type, directions or 2, float(eps), reduction)[0]
+        of_sums = axis_reduction == "sum" and reduction == "mean"
+        options = (norm_type, directions or 2, float(eps), "sum" if of_sums else reduction)
+        loss: Tensor = _VARIATION.run_on(input.device, images, *options)[0]
+        if of_sums:
+            loss = loss / max(images.shape[0], 1)
     else:
         if directions is not None and directions != axes:
             raise ValueError(
-                f"directions is {directions!r}; with spatial_dims={axes}, or a weight, spacing, mask, axis_reduction or "
-                f"'huber', the directions are those of the axes: leave it out or pass {axes}"
+                f"directions is {directions!r}; with spatial_dims={axes}, or a weight, spacing, mask, axis_reduction "
+                f"or 'huber', the directions are those of the axes: leave it out or pass {axes}"
             )
         loss = volumes.total_variation_nd(
             images,

@@ -13,6 +13,14 @@ from kdkernels.ops.total_variation import PASSES, image_prior_losses, total_vari
 SHAPES = ((2, 3, 5, 7), (1, 1, 1, 1), (2, 3, 1, 9), (2, 1, 9, 1), (3, 3, 40, 37), (2, 5, 17, 16), (1, 2, 3, 200))
 NORMS = (("l1", 1), ("l1", 2), ("l1", 4), ("l2", 2), ("l2", 4), ("l2_squared", 2), ("l2_squared", 4), ("isotropic", 2))
 REDUCTIONS = ("none", "mean", "sum")
+PRIORS, VARIATION = "image_prior_losses", "total_variation"
+# The regularizers of voxel grids, of displacement fields and of bilateral grids
+VOLUMES: dict[str, dict[str, Any]] = {
+    "l1 of volumes": {"spatial_dims": 3},
+    "huber of volumes": {"spatial_dims": 3, "norm_type": "huber", "reduction": "mean", "delta": 0.1},
+    "isotropic of volumes": {"spatial_dims": 3, "norm_type": "isotropic", "eps": 1e-3},
+    "l2_squared of volumes, mean": {"spatial_dims": 3, "norm_type": "l2_squared", "reduction": "mean"},
+}
 
 
 def _differences(x: Tensor) -> tuple[Tensor, ...]:
@@ -83,10 +91,11 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
 
 def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
-    """Return a row of the benchmark: the weighted priors of images, or their anisotropic total variation."""
-    one_of(variant, ("",))
-    if len(shape) != 4:
-        raise ValueError(f"shape must be [B, C, H, W], got {list(shape)}")
+    """Return a row of the benchmark: the weighted priors of images, or the total variation of images or volumes."""
+    one_of(variant, ("", *VOLUMES) if function == VARIATION else ("",))
+    dims = "D, H, W" if variant else "H, W"
+    if len(shape) != (5 if variant else 4):
+        raise ValueError(f"shape must be [B, C, {dims}], got {list(shape)}")
 
     def make(device: str) -> tuple[Tensor, ...]:
         return (torch.rand(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype),)
@@ -95,7 +104,11 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
         return tuple(loss.new_tensor(weight) for loss, weight in zip(losses, (1.0, 1e-2, 1e-2), strict=True))
 
     passes = dict.fromkeys(("cpu", "cuda"), PASSES)
-    if function == "total_variation":
+    if variant:
+        options = VOLUMES[variant]
+        ours, eager = partial(total_variation, **options), partial(volumes_cases.eager, **options)
+        return Workload("total_variation", function, shape, dtype, variant, ours, eager, make, passes)
+    if function == VARIATION:
         ours, eager = partial(total_variation, reduction="sum"), partial(eager_variation, reduction="sum")
         return Workload("total_variation", function, shape, dtype, variant, ours, eager, make, passes)
     return Workload(
@@ -120,7 +133,6 @@ def calls() -> list[Call]:
 
 
 BF16 = torch.bfloat16
-PRIORS, VARIATION = "image_prior_losses", "total_variation"
 
 
 def _tv_l1(images: Tensor) -> Tensor:
@@ -147,6 +159,10 @@ register(
         Benchmark(PRIORS, (256, 3, 32, 32)),
         Benchmark(PRIORS, (64, 3, 224, 224), BF16),
         Benchmark(VARIATION, (64, 3, 224, 224)),
+        Benchmark(VARIATION, (1, 1, 160, 160, 160), variant="l1 of volumes", quick=True, compared=True),
+        Benchmark(VARIATION, (1, 3, 96, 96, 96), variant="huber of volumes"),
+        Benchmark(VARIATION, (1, 1, 160, 160, 160), variant="isotropic of volumes"),
+        Benchmark(VARIATION, (200, 12, 8, 16, 16), variant="l2_squared of volumes, mean"),
     ),
     gpu_benchmarks=(
         Benchmark(PRIORS, (84, 3, 224, 224)),
