@@ -19,8 +19,8 @@ def _checked(factors: Tensor) -> list[Tensor]:
     if is_readable(factors):
         if not valid.all():
             raise ValueError(
-                f"axis_weight, spacing and delta give the axes the factors {factors.tolist()}; expected finite numbers, "
-                "0 or more"
+                f"axis_weight, spacing and delta give the axes the factors {[float(factor) for factor in factors]}; "
+                "expected finite numbers, 0 or more"
             )
         return list(factors.unbind())
     return list(torch.where(valid, factors, math.nan).unbind())
