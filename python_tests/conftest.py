@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from contract import ACCURACY, BACKENDS, DEVICE, KERNEL_BACKEND, KERNELS, OpContract, on_device
+from contract import ACCURACY, BACKENDS, CPU_BACKENDS, DEVICE, KERNEL_BACKEND, KERNELS, OpContract, on_device
 from hypothesis import settings
 
 import kdkernels
@@ -49,6 +49,13 @@ def _reproducible():
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Run a test on each backend that was built."""
+    with kdkernels.set_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def cpu_backend(request):
+    """Run a test on each backend of an op that has kernels on the CPU alone."""
     with kdkernels.set_backend(request.param):
         yield request.param
 

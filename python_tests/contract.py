@@ -37,6 +37,8 @@ CORE_GRID = os.environ.get("KDKERNELS_TEST_GRID") == "core"
 KERNELS = os.environ.get("KDKERNELS_BUILD") != "none"
 BACKENDS = (KERNEL_BACKEND, "reference") if KERNELS else ("reference",)
 ROOT = Path(__file__).resolve().parents[1]
+# The same of ops that have kernels on the CPU alone.
+CPU_BACKENDS = BACKENDS if TARGET == "cpu" else ("reference",)
 # A test of kernels: deselected if the op has none for the backend under test, skipped if nothing was built.
 of_kernels = pytest.mark.of_kernels
 of_cpu = pytest.mark.skipif(TARGET != "cpu", reason=f"tests the CPU kernels only; the target is {TARGET}")

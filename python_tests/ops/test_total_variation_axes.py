@@ -25,7 +25,7 @@ def cube():
     return torch.tensor(CUBE, dtype=F64)[None, None]
 
 
-def test_a_cube_by_hand(backend):
+def test_a_cube_by_hand(cpu_backend):
     assert [x.abs().flatten().tolist() for x in (cube().diff(dim=d) for d in (2, 3, 4))] == [
         [4, 5, 5, 9],
         [2, 2, 3, 6],
@@ -54,7 +54,7 @@ def test_a_cube_by_hand(backend):
     assert value(norm_type="isotropic", eps=3.0).item() == pytest.approx(sum(with_eps), abs=1e-13)
 
 
-def test_the_gradient_of_a_row_by_hand(backend):
+def test_the_gradient_of_a_row_by_hand(cpu_backend):
     """[0, 3, 1, 1] has the differences -3, 2, 0 between a number and the next."""
     x = torch.tensor([[0.0, 3.0, 1.0, 1.0]], dtype=F64)
     value = partial(total_variation, spatial_dims=1)
@@ -74,7 +74,7 @@ def test_the_gradient_of_a_row_by_hand(backend):
     torch.testing.assert_close(row.grad, torch.tensor([[-15.0, 30.0, -15.0, 0.0]], dtype=F64), rtol=0, atol=1e-14)
 
 
-def test_a_mask_by_hand(backend):
+def test_a_mask_by_hand(cpu_backend):
     """Of [0, 3, 1, 7] without the third, the pair of the first two is left."""
     x = torch.tensor([[0.0, 3.0, math.nan, 7.0]], dtype=F64, requires_grad=True)
     mask = torch.tensor([True, True, False, True])
@@ -87,7 +87,7 @@ def test_a_mask_by_hand(backend):
     assert total_variation(x, "mean", spatial_dims=1, mask=mask).item() == 3
 
 
-def test_the_mean_is_over_the_pairs_that_count(backend):
+def test_the_mean_is_over_the_pairs_that_count(cpu_backend):
     x = torch.randn(2, 3, 3, 4, 5, dtype=F64)
     mask = torch.rand(2, 1, 3, 4, 5) < 0.6
     inside = mask.expand_as(x)
@@ -102,7 +102,7 @@ def test_the_mean_is_over_the_pairs_that_count(backend):
     )
 
 
-def test_options_of_2_d_images_agree_with_the_plain_call(backend):
+def test_options_of_2_d_images_agree_with_the_plain_call(cpu_backend):
     """A weight of 1 or a full mask gives what is computed without."""
     x = torch.randn(2, 3, 9, 11)
     for norm_type, reduction in product(("l1", "l2", "l2_squared", "isotropic"), REDUCTIONS):
@@ -113,7 +113,7 @@ def test_options_of_2_d_images_agree_with_the_plain_call(backend):
                 torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
-def test_a_volume_of_one_slice_is_an_image(backend):
+def test_a_volume_of_one_slice_is_an_image(cpu_backend):
     x = torch.randn(2, 3, 7, 9)
     for norm_type in ("l1", "l2", "l2_squared", "isotropic"):
         volume = total_variation(x[:, :, None], "none", norm_type=norm_type, spatial_dims=3)
@@ -123,7 +123,7 @@ def test_a_volume_of_one_slice_is_an_image(backend):
 # Edges
 
 
-def test_constant_volumes_have_no_variation_and_no_gradient(backend):
+def test_constant_volumes_have_no_variation_and_no_gradient(cpu_backend):
     x = torch.full((2, 3, 4, 5, 6), 0.7)
     for norm_type in NORMS:
         for result in results_of(partial(total_variation, norm_type=norm_type, spatial_dims=3), (x,), (0,)):
@@ -133,7 +133,7 @@ def test_constant_volumes_have_no_variation_and_no_gradient(backend):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4, 4), (2, 0, 2, 4, 4), (2, 3, 0, 4, 4), (2, 3, 4, 0, 4), (2, 3, 4, 4, 0)])
-def test_empty_volumes_give_0(backend, shape):
+def test_empty_volumes_give_0(cpu_backend, shape):
     x = torch.randn(shape)
     for norm_type, reduction, masked in product(NORMS, REDUCTIONS, (False, True)):
         mask = torch.ones(shape, dtype=torch.bool) if masked else None
@@ -143,7 +143,7 @@ def test_empty_volumes_give_0(backend, shape):
         assert grad.shape == shape
 
 
-def test_an_axis_without_pairs_adds_0(backend):
+def test_an_axis_without_pairs_adds_0(cpu_backend):
     for shape, axis in (((2, 3, 1, 1, 6), -1), ((2, 3, 1, 6, 1), -2), ((2, 3, 6, 1, 1), -3)):
         x = torch.randn(shape, dtype=F64)
         d = x.diff(dim=axis)
@@ -158,7 +158,7 @@ def test_an_axis_without_pairs_adds_0(backend):
             assert torch.equal(result, torch.zeros_like(result))
 
 
-def test_a_mask_that_leaves_nothing_gives_0(backend):
+def test_a_mask_that_leaves_nothing_gives_0(cpu_backend):
     x = torch.full((2, 3, 4, 5, 6), math.nan)
     for norm_type, reduction in product(NORMS, REDUCTIONS):
         function = partial(
@@ -168,7 +168,7 @@ def test_a_mask_that_leaves_nothing_gives_0(backend):
             assert torch.equal(result, torch.zeros_like(result))
 
 
-def test_nan_and_infinity_reach_their_neighbours_alone(backend):
+def test_nan_and_infinity_reach_their_neighbours_alone(cpu_backend):
     x = torch.randn(1, 1, 5, 5, 40)
     x[0, 0, 2, 2, 20] = math.nan
     neighbours = [(2, 2, 20), (1, 2, 20), (3, 2, 20), (2, 1, 20), (2, 3, 20), (2, 2, 19), (2, 2, 21)]
@@ -183,7 +183,7 @@ def test_nan_and_infinity_reach_their_neighbours_alone(backend):
     assert total_variation(torch.tensor([[0.0, -0.0]]), spatial_dims=1).item() == 0
 
 
-def test_one_volume_is_a_batch_of_one(backend):
+def test_one_volume_is_a_batch_of_one(cpu_backend):
     x = torch.randn(3, 4, 5, 6)
     mask = torch.rand(3, 4, 5, 6) < 0.5
     for reduction in REDUCTIONS:

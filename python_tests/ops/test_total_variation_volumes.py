@@ -171,7 +171,7 @@ def test_any_combination(shape, norm_type, reduction, layout, mask, dtype, seed)
         assert error_in_ulp(a, b) <= 8
 
 
-def test_numbers_of_every_kind(backend):
+def test_numbers_of_every_kind(cpu_backend):
     x = torch.randn(1, 2, 3, 4, 5)
     value = partial(total_variation, x, spatial_dims=3, norm_type="huber")
     expected = value(axis_weight=(0.5, 2.0, 1.0), delta=0.5)
@@ -197,6 +197,13 @@ def test_numbers_of_every_kind(backend):
         ({"axis_weight": "abc"}, TypeError, r"axis_weight\[0\] must be a number"),
         ({"axis_weight": torch.ones(3, requires_grad=True)}, ValueError, r"axis_weight.* requires grad.*detach"),
         ({"axis_weight": torch.ones(3, 1)}, ValueError, r"axis_weight\[0\] must be a number or a 0-dim tensor"),
+        ({"spacing": "1"}, TypeError, r"spacing\[0\] must be a number or a 0-dim tensor, got str"),
+        (
+            {"spacing": 1e-200, "norm_type": "l2"},
+            (ValueError, RuntimeError),
+            "the factor.* inf.*; expected finite numbers",
+        ),
+        ({"eps": "a"}, TypeError, "eps must be a number, got 'a'"),
         ({"spacing": 0}, ValueError, r"spacing\[0\] is 0.*; expected a positive, finite number"),
         ({"spacing": (1, 1, math.inf)}, ValueError, r"spacing\[2\] is inf"),
         ({"norm_type": "huber", "delta": 0.0}, ValueError, "delta is 0.0; expected a positive"),
@@ -215,7 +222,7 @@ def test_wrong_calls(options, error, text):
         total_variation(torch.randn(2, 3, 4, 4, 4), **{"spatial_dims": 3, **options})
 
 
-def test_weights_that_a_compiled_call_cannot_read_are_checked_by_the_kernels(backend):
+def test_weights_that_a_compiled_call_cannot_read_are_checked_by_the_kernels(cpu_backend):
     x = torch.randn(1, 1, 3, 3, 3)
 
     def value(weight):

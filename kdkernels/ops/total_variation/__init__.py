@@ -225,6 +225,7 @@ def _check_options(
         raise ValueError(f"input must be [B, C, {names}] or [C, {names}], got shape {tuple(input.shape)}{remedy}")
     _checks.check_choice("reduction", reduction, ("none", "mean", "sum"))
     _checks.check_choice("norm_type", norm_type, ("l1", "l2", "l2_squared", "isotropic", "huber"))
+    _checks.check_number("eps", eps)
     if not 0 <= eps < float("inf") or (eps != 0 and norm_type != "isotropic"):
         raise ValueError(f"eps is {eps!r}; expected 0, or a positive, finite number with norm_type='isotropic'")
     if axis_reduction is not None:

@@ -129,7 +129,9 @@ def _numbers(name: str, given: object, input: Tensor, axes: Sequence[str], *, po
     values: list[Any] = [1.0 if given is None else given] * len(axes)
     if isinstance(given, Tensor) and given.dim() > 0:
         values = list(given.unbind())
-    elif isinstance(given, Sequence) or (not isinstance(given, Tensor) and getattr(given, "shape", ()) != ()):
+    elif (isinstance(given, Sequence) and not isinstance(given, str)) or (
+        not isinstance(given, Tensor) and getattr(given, "shape", ()) != ()
+    ):
         values = list(cast("Sequence[Any]", given))
     if len(values) != len(axes):
         raise ValueError(
@@ -189,8 +191,8 @@ def total_variation_nd(
     spacings = _numbers("spacing", spacing, input, axes, positive=True)
     limit = _number("delta", 1.0 if delta is None else delta, input, positive=True)
     # Differences are not divided: Huber's loss of d / h with delta is that of d with h * delta, over h^2.
-    power = 1 if norm_type == "l1" else 2
-    scale = _stacked([w / h**power for w, h in zip(weights, spacings, strict=True)], input)
+    scales = [w / h if norm_type == "l1" else w / h / h for w, h in zip(weights, spacings, strict=True)]
+    scale = _stacked(scales, input)
     threshold = _stacked([limit * h for h in spacings], input)
     average = {None: "nothing", "sum": "nothing", "mean": "sample"}[axis_reduction]
     if axis_reduction is None and reduction == "mean" and norm_type in ("l1", "l2_squared", "huber"):
