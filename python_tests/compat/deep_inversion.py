@@ -44,6 +44,7 @@ def priors(x):
 
 IMAGES = normal(3, 4, 6, 5, seed=0)
 LAYERS = {"images": layer_of(torch.nn.BatchNorm2d, 4), "volumes": layer_of(torch.nn.BatchNorm3d, 4)}
+HOOKED = {"x": IMAGES, "module": LAYERS["images"]}
 
 PROJECT = Project(
     name="DeepInversion",
@@ -61,7 +62,7 @@ PROJECT = Project(
             ours="batch_norm_stat_loss(x, module.running_mean, module.running_var)",
             traps="`kdkernels.inversion.BatchNormStatistics` computes the sum over all layers in fewer passes",
             trials=(
-                Trial("images", hooked(LAYERS["images"]), distance(LAYERS["images"]), (IMAGES,)),
+                Trial("images", hooked(LAYERS["images"]), distance(LAYERS["images"]), (IMAGES,), names=HOOKED),
                 Trial(
                     "volumes", hooked(LAYERS["volumes"]), distance(LAYERS["volumes"]), (normal(2, 4, 3, 2, 5, seed=3),)
                 ),
@@ -75,7 +76,7 @@ PROJECT = Project(
             divisor="l1: pairs of each direction; l2: nothing, norms over the whole batch",
             ours="image_prior_losses(x)[:2]",
             traps="the second grows with the root of the batch size",
-            trials=(Trial("images", get_image_prior_losses, priors, (IMAGES,)),),
+            trials=(Trial("images", get_image_prior_losses, priors, (IMAGES,), names={"x": IMAGES}),),
         ),
     ),
 )

@@ -29,7 +29,7 @@ PROJECT = Project(
             ours='total_variation(x, "mean", norm_type="l2_squared", spatial_dims=3)',
             traps="fused-bilagrid has the same function under the same name",
             trials=(
-                Trial("bilateral grids", total_variation_loss, documented, (GRIDS,)),
+                Trial("bilateral grids", total_variation_loss, documented, (GRIDS,), names={"x": GRIDS}),
                 Trial("an axis of size 1", total_variation_loss, documented, (GRIDS[:, :, :1],)),
                 Trial("images", total_variation_loss, documented, (normal(2, 3, 4, 5, seed=1),)),
             ),

@@ -15,6 +15,7 @@ def documented(x, reduction="sum"):
 
 
 IMAGES = (normal(2, 3, 5, 6, seed=0),)
+NAMES = {"img": IMAGES[0], "H": 5, "W": 6}
 
 PROJECT = Project(
     name="Kornia",
@@ -32,7 +33,7 @@ PROJECT = Project(
             ours='total_variation(img.reshape(-1, 1, H, W), "none", axis_reduction=reduction).reshape(img.shape[:-2])',
             traps="a value for each channel, not for each image; integers are refused",
             trials=(
-                Trial("sum", total_variation, documented, IMAGES),
+                Trial("sum", total_variation, documented, IMAGES, names={**NAMES, "reduction": "sum"}),
                 Trial(
                     "mean", partial(total_variation, reduction="mean"), partial(documented, reduction="mean"), IMAGES
                 ),
@@ -49,7 +50,7 @@ PROJECT = Project(
             divisor="nothing",
             ours='total_variation(img.reshape(-1, 1, H, W), "none").reshape(img.shape[:-2])',
             traps="",
-            trials=(Trial("images", TotalVariation(), documented, IMAGES),),
+            trials=(Trial("images", TotalVariation(), documented, IMAGES, names=NAMES),),
         ),
     ),
 )

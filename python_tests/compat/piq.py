@@ -17,6 +17,7 @@ def documented(x, reduction="mean", norm_type="l2"):
 
 
 IMAGES = (normal(3, 2, 5, 6, seed=0).abs(),)
+DEFAULTS = {"x": IMAGES[0], "reduction": "mean", "norm_type": "l2"}
 
 PROJECT = Project(
     name="PIQ",
@@ -40,6 +41,7 @@ PROJECT = Project(
                     partial(total_variation, reduction=r, norm_type=n),
                     partial(documented, reduction=r, norm_type=n),
                     IMAGES,
+                    names={"x": IMAGES[0], "reduction": r, "norm_type": n},
                 )
                 for n in NORMS
                 for r in REDUCTIONS
@@ -54,7 +56,7 @@ PROJECT = Project(
             ours='total_variation(x, reduction, norm_type=norm_type, axis_reduction="sum")',
             traps="the options come in another order than the function's",
             trials=(
-                Trial("the default", TVLoss(), documented, IMAGES),
+                Trial("the default", TVLoss(), documented, IMAGES, names=DEFAULTS),
                 Trial("l1, sum", TVLoss("l1", "sum"), partial(documented, reduction="sum", norm_type="l1"), IMAGES),
             ),
         ),

@@ -29,7 +29,13 @@ PROJECT = Project(
             traps="the weight is a float32 buffer of shape [1], read in the forward; 16-bit gradients stay 16-bit",
             trials=(
                 Trial("the default", GradientReversal(), times_minus(1.0), FEATURES),
-                Trial("0.25", GradientReversal(0.25), times_minus(0.25), FEATURES),
+                Trial(
+                    "0.25",
+                    GradientReversal(0.25),
+                    times_minus(0.25),
+                    FEATURES,
+                    names={"x": FEATURES[0], "weight": 0.25},
+                ),
                 Trial("updated to 0.5", updated(0.5), times_minus(0.5), FEATURES),
             ),
         ),

@@ -39,6 +39,7 @@ def called(times, **options):
 
 FEATURES = (normal(4, 6, seed=0),)
 LAYER = GradientReverseLayer()
+STEPPED = {"input": FEATURES[0], "math": math, "lo": 0.0, "hi": 1.0, "alpha": 1.0, "i": 1000, "N": 1000}
 SLOW = {"alpha": 10.0, "lo": 0.1, "hi": 0.7, "max_iters": 50}
 
 PROJECT = Project(
@@ -58,7 +59,13 @@ PROJECT = Project(
             traps="the output is a view of the input, not a copy: an in-place layer right behind it raises",
             trials=(
                 Trial("the default", LAYER, times_minus(1.0), FEATURES),
-                Trial("0.3", lambda x: LAYER(x, 0.3), times_minus(0.3), FEATURES),
+                Trial(
+                    "0.3",
+                    lambda x: LAYER(x, 0.3),
+                    times_minus(0.3),
+                    FEATURES,
+                    names={"input": FEATURES[0], "coeff": 0.3},
+                ),
             ),
         ),
         Convention(
@@ -72,7 +79,7 @@ PROJECT = Project(
             "checkpoints do not keep the count",
             trials=(
                 Trial("before a step", after(0), times_minus(0.0), FEATURES),
-                Trial("after 1000 steps", after(1000), times_minus(schedule(1000)), FEATURES),
+                Trial("after 1000 steps", after(1000), times_minus(schedule(1000)), FEATURES, names=STEPPED),
                 Trial("after 30 of 50", after(30, **SLOW), times_minus(schedule(30, **SLOW)), FEATURES),
                 Trial("the third call", called(3, **SLOW), times_minus(schedule(2, **SLOW)), FEATURES),
             ),

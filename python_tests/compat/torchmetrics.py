@@ -12,6 +12,11 @@ def documented(x, reduction="sum"):
 
 IMAGES = (normal(3, 2, 5, 6, seed=0),)
 
+
+def names(reduction):
+    return {} if reduction is None else {"img": IMAGES[0], "reduction": reduction}
+
+
 PROJECT = Project(
     name="TorchMetrics",
     repository="Lightning-AI/torchmetrics",
@@ -28,7 +33,13 @@ PROJECT = Project(
             ours='total_variation(img, reduction, axis_reduction="sum")',
             traps='"mean" is over the images, not over the pixels',
             trials=tuple(
-                Trial(str(r), partial(total_variation, reduction=r), partial(documented, reduction=r), IMAGES)
+                Trial(
+                    str(r),
+                    partial(total_variation, reduction=r),
+                    partial(documented, reduction=r),
+                    IMAGES,
+                    names=names(r),
+                )
                 for r in ("sum", "mean", "none", None)
             ),
         ),
