@@ -11,7 +11,16 @@
 
 namespace kdkernels {
 
-enum class Divergence { kl, js, clamped_js };
+enum class Divergence { kl, js, clamped_js, other };
+// The losses that count as other: the CPU kernels have one instance of their code for all of them.
+enum class OtherLoss {
+  skew_kl,
+  total_variation_distance,
+  soft_cross_entropy,
+  entropy,
+  decoupled,
+  normalized,
+};
 // What the teacher is given by
 enum class TargetType { logits, log_probs, probs };
 
@@ -77,6 +86,7 @@ template <class Number>
 struct SoftmaxArguments {
   bool is_double = false;  // compute in double
   Divergence divergence = Divergence::kl;
+  OtherLoss other = OtherLoss::skew_kl;
   bool reverse = false;  // KL(q || p) instead of KL(p || q)
   Number temperature{}, divergence_weight{}, label_weight{}, beta{};
   const int64_t* labels = nullptr;  // by position
@@ -102,6 +112,43 @@ struct SoftmaxArguments {
     }
   }
 
+  // Sets another loss, or returns false if there is none of that name; a share of 0 in a skew makes a plain KL.
+  bool choose_other(const std::string& name, double alpha) {
+    const bool skewed = name == "skew_kl" || name == "reverse_skew_kl";
+    if (skewed && !(alpha >= 0 && alpha <= 1)) {
+      throw std::invalid_argument("alpha must be in [0, 1], got " + std::to_string(alpha));
+    }
+    if (skewed) {
+      other = OtherLoss::skew_kl;
+    } else if (name == "total_variation_distance") {
+      other = OtherLoss::total_variation_distance;
+    } else if (name == "soft_cross_entropy") {
+      other = OtherLoss::soft_cross_entropy;
+    } else if (name == "entropy") {
+      other = OtherLoss::entropy;
+    } else if (name == "decoupled") {
+      other = OtherLoss::decoupled;
+    } else if (name == "normalized") {
+      other = OtherLoss::normalized;
+    } else {
+      return false;
+    }
+    reverse = name == "reverse_skew_kl";
+    divergence = skewed && alpha == 0 ? Divergence::kl : Divergence::other;
+    return true;
+  }
+
+  // Whether the class of the label is taken apart from the others
+  bool is_decoupled() const {
+    return divergence == Divergence::other && (other == OtherLoss::decoupled || other == OtherLoss::normalized);
+  }
+
+  // Whether the kernels find the gradient of the teacher's logits
+  bool differentiates_target() const {
+    return divergence != Divergence::other || other == OtherLoss::skew_kl ||
+           other == OtherLoss::total_variation_distance;
+  }
+
   // Sets what the sum over the positions is divided by.
   void choose_divisor(const std::string& reduction, int64_t batch, int64_t positions) {
     if (reduction == "batchmean") divisor = double(batch);
@@ -113,7 +160,7 @@ struct SoftmaxArguments {
 // What softmax_loss has beyond these. Weights are in the type that is computed in.
 struct LossArguments {
   TargetType target_type = TargetType::logits;
-  bool any_sum = false;                       // of a teacher's probabilities: "forward_kl" alone needs no sum of 1
+  bool any_sum = false;                       // of a teacher's probabilities, which need no sum of 1
   const void* position_weight = nullptr;      // by position
   const void* class_weight = nullptr;         // by class
   const void* label_probabilities = nullptr;  // instead of labels: contiguous, in the shape of the logits

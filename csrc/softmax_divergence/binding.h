@@ -18,6 +18,7 @@ struct SoftmaxTensors {
   int64_t dim;
   const std::string &divergence, &reduction;
   int64_t ignore_index;
+  bool other_losses = false;  // whether the op has them
 };
 
 // A call in preparation: its shape comes from the student's logits; gradients are added afterwards.
@@ -44,7 +45,10 @@ class SoftmaxPreparation {
     arguments.label_weight = read_number(given.label_weight);
     // The kernels give NaN where a number that only the device knows is wrong.
     check_temperature(known_value(arguments.temperature, 1));
-    arguments.choose_divergence(given.divergence, known_value(arguments.beta, 0.5));
+    const double beta = known_value(arguments.beta, 0.5);
+    if (!given.other_losses || !arguments.choose_other(given.divergence, beta)) {
+      arguments.choose_divergence(given.divergence, beta);
+    }
     labels_ = dense(given.labels);
     if (labels_) arguments.labels = labels_->const_data_ptr<int64_t>();
     arguments.ignored_label = given.ignore_index;

@@ -159,8 +159,9 @@ class LossPreparation : public Preparation {
     options.target_type = given.target_type == "log_probs" ? TargetType::log_probs
                           : given.target_type == "probs"   ? TargetType::probs
                                                            : TargetType::logits;
-    options.any_sum = given.shared.divergence == "forward_kl";
+    options.any_sum = given.shared.divergence == "forward_kl" || given.shared.divergence == "soft_cross_entropy";
     options.divide_by_weights = given.shared.reduction == "mean";
+    STD_TORCH_CHECK(!arguments.is_decoupled() || given.shared.labels, "this loss needs class indices");
     if (given.labels && !given.shared.labels) {
       probabilities_ = dense(given.labels);
       options.label_probabilities = probabilities_->const_data_ptr();
@@ -208,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_loss(Tensor input, Tensor target, std
                                                 bool ignored_by_divergence, bool parts, std::string save) {
   const std::optional<Tensor> hard = hard_labels(labels);
   const SoftmaxTensors shared{input, target, hard,       temperature, divergence_weight, label_weight,
-                              beta,  dim,    divergence, reduction,   ignore_index};
+                              beta,  dim,    divergence, reduction,   ignore_index,      true};
   LossPreparation preparation(
       {shared, labels, position_weight, class_weight, label_smoothing, target_type, ignored_by_divergence});
   Tensor gradient = save == "gradient" ? new_output(input) : preparation.nothing_computed(input);
@@ -237,11 +238,13 @@ std::tuple<Tensor, Tensor> softmax_loss_backward(Tensor grad_output, Tensor inpu
                                                  bool target_gradient) {
   const std::optional<Tensor> hard = hard_labels(labels);
   const SoftmaxTensors shared{input, target, hard,       temperature, divergence_weight, label_weight,
-                              beta,  dim,    divergence, reduction,   ignore_index};
+                              beta,  dim,    divergence, reduction,   ignore_index,      true};
   LossPreparation preparation(
       {shared, labels, position_weight, class_weight, label_smoothing, target_type, ignored_by_divergence});
   preparation.check_grad_output(grad_output);
   STD_TORCH_CHECK(!target_gradient || target_type == "logits", "the kernels differentiate teachers given by logits");
+  STD_TORCH_CHECK(!target_gradient || preparation.arguments.differentiates_target(),
+                  "the kernels do not differentiate the teacher of this loss");
   Tensor grad_input = input_gradient ? new_output(input) : nothing(input);
   Tensor grad_target = target_gradient ? new_output(target) : nothing(target);
   if (input_gradient) preparation.add(student_gradient, grad_input);

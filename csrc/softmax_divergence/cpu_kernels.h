@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/cpu/scratch.h"
+#include "softmax_divergence/cpu_other.h"
 #include "softmax_divergence/cpu_passes.h"
 #include "softmax_divergence/cpu_temperature.h"
 #include "softmax_divergence/cpu_tiles.h"
@@ -137,7 +138,9 @@ KDKERNELS_INLINE double compute_tile(const SoftmaxCall& call, const SoftmaxOptio
     Group<classes_in_lanes, V> group = group_at<classes_in_lanes, V>(tile, start, memory);
     prepare_group(call, group, tile.first + start, count);
     const FetchAhead<classes_in_lanes, V> ahead{next, strips};
-    if (options.labels) {
+    if constexpr (divergence == Divergence::other) {
+      process_other(group, options, ahead);
+    } else if (options.labels) {
       process_group<divergence, true>(group, options, tile.first + start, count, ahead);
     } else {
       process_group<divergence, false>(group, options, tile.first + start, count, ahead);
@@ -166,7 +169,8 @@ KDKERNELS_INLINE Tile tile_at(const SoftmaxCall& call, int64_t item) {
   const int64_t rest = call.inner - first;
   Tile tile{run * call.inner + first, rest < call.tile ? rest : call.tile, call.classes, {}};
   for (int o = 0; o < operands; ++o) tile.place[o] = place_of(call.operand[o], call, run, first);
-  tile.place[teacher].changed = call.target_type != TargetType::logits;
+  tile.place[student].changed = call.is_decoupled();
+  tile.place[teacher].changed = call.target_type != TargetType::logits || call.is_decoupled();
   return tile;
 }
 
@@ -201,8 +205,10 @@ double compute_tiles(const SoftmaxCall& call, int64_t begin, int64_t end) {
         write_tile<classes_in_lanes, V, decltype(storage)>(tile, o == teacher_gradient, tile.place[o], scratch.get());
       });
     }
-    if (call.scalar_gradients != nullptr && options.divergence) {
-      differentiate_by_scalars<classes_in_lanes, divergence, V>(call, options, tile, scratch.get());
+    if constexpr (divergence != Divergence::other) {
+      if (call.scalar_gradients != nullptr && options.divergence) {
+        differentiate_by_scalars<classes_in_lanes, divergence, V>(call, options, tile, scratch.get());
+      }
     }
     tile = next;
   }
@@ -216,8 +222,10 @@ double choose_divergence(const SoftmaxCall& call, int64_t begin, int64_t end) {
       return compute_tiles<classes_in_lanes, Divergence::kl, S>(call, begin, end);
     case Divergence::js:
       return compute_tiles<classes_in_lanes, Divergence::js, S>(call, begin, end);
-    default:
+    case Divergence::clamped_js:
       return compute_tiles<classes_in_lanes, Divergence::clamped_js, S>(call, begin, end);
+    default:
+      return compute_tiles<classes_in_lanes, Divergence::other, S>(call, begin, end);
   }
 }
 

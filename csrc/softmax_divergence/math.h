@@ -184,4 +184,126 @@ struct ClampedJensenShannon {
   KDKERNELS_INLINE V total(V sum_of_values, V /*far_q*/, V /*far_p*/) const { return sum_of_values; }
 };
 
+// KL(w || m) with m = alpha w + (1 - alpha) v and 0 < alpha < 1, where w is the teacher's distribution p and v the
+// student's q, or the other way round if `reverse`. Since sum (m - w) = 0, m - w is added to every term.
+//
+// With b the larger of w and v, x = ln(smaller / b) <= 0 and y the share of the smaller in m times (e^x - 1), m is
+// b (1 + y). Where w is larger, its term is w (y - ln(1 + y)); where v is, it is
+// v (e^x (x - ln(1 + y)) - (1 - alpha) (e^x - 1)). Where they are close the first-order parts cancel and are left out.
+// Where they are far apart, 1 + y is the share of the larger times 1 + k e^x, k the quotient of the shares.
+template <class V>
+struct SkewKullbackLeibler {
+  using S = Scalar<V>;
+  S alpha, log_alpha, log_rest;  // ln(alpha), ln(1 - alpha)
+  bool reverse;
+
+  struct Begun {
+    V y, exp, expm1, product, product_rest;
+    Log1p<V> log1p;
+  };
+
+  KDKERNELS_INLINE SkewKullbackLeibler(S alpha, bool reverse)
+      : alpha(alpha),
+        log_alpha(S(std::log(double(alpha)))),
+        log_rest(S(std::log1p(-double(alpha)))),
+        reverse(reverse) {}
+
+  // Of w and v: one number where w is larger, the other elsewhere
+  KDKERNELS_INLINE V by_larger(V log_ratio, S w_larger, S v_larger) const {
+    const V of_w = splat<V>(w_larger), of_v = splat<V>(v_larger);
+    return reverse ? select(log_ratio < S(0), of_w, of_v) : select(log_ratio > S(0), of_w, of_v);
+  }
+  KDKERNELS_INLINE Begun begin(V log_ratio) const {
+    const ExpDifferences<V> e = exp_differences(-absolute(log_ratio));
+    return {by_larger(log_ratio, 1 - alpha, alpha) * e.expm1, e.exp, e.expm1, e.product, e.product_rest, Log1p<V>()};
+  }
+  KDKERNELS_INLINE void go_on(V log_ratio, Begun& begun) const {
+    const V odds = by_larger(log_ratio, (1 - alpha) / alpha, alpha / (1 - alpha));
+    begun.log1p = log1p_parts(select(begun.exp < S(1.0 / 16), odds * begun.exp, begun.y));
+  }
+  KDKERNELS_INLINE PairTerms<V> finish(V q, V p, V log_ratio, const Begun& begun) const {
+    const S rest = 1 - alpha;
+    const V w = reverse ? q : p, v = reverse ? p : q, ratio = reverse ? -log_ratio : log_ratio;
+    const Bits<V> w_larger = ratio > S(0), far = begun.exp < S(1.0 / 16);
+    const V y = begun.y, log1p_rest = begun.log1p.rest;
+    const V share = by_larger(log_ratio, alpha, rest), other_share = by_larger(log_ratio, rest, alpha);
+    const V mean = select(far, share + other_share * begun.exp, y + S(1));  // m / larger
+    const V log_mean = begun.log1p.value + select(far, by_larger(log_ratio, log_alpha, log_rest), V{});
+    const V of_w = select(far, y - log_mean, -log1p_rest);
+    const V of_v = select(far, (begun.product - begun.exp * log_mean) - begun.expm1 * rest,
+                          begun.product_rest - (y * begun.expm1 + begun.exp * log1p_rest));
+    const V excess = by_larger(log_ratio, -rest, rest) * begun.expm1 / mean;  // w / m - 1
+    const V by_w = (minimum(ratio, V{}) - log_mean) - excess * alpha, by_v = excess * -rest;
+    return {weighted(select(w_larger, w, v), select(w_larger, of_w, of_v)), reverse ? by_w : by_v,
+            reverse ? by_v : by_w, V{}, V{}};
+  }
+  KDKERNELS_INLINE V total(V sum_of_values, V /*far_q*/, V /*far_p*/) const { return sum_of_values; }
+};
+
+// sum |p - q| / 2, whose derivative is 0 where p = q
+template <class V>
+struct TotalVariationDistance {
+  using S = Scalar<V>;
+  struct Begun {
+    V share;  // |p - q| / 2 as a share of the larger
+  };
+
+  KDKERNELS_INLINE Begun begin(V log_ratio) const { return {exp_differences(-absolute(log_ratio)).expm1 * S(-0.5)}; }
+  KDKERNELS_INLINE void go_on(V /*log_ratio*/, Begun& /*begun*/) const {}
+  KDKERNELS_INLINE PairTerms<V> finish(V q, V p, V log_ratio, const Begun& begun) const {
+    const Bits<V> teacher_larger = log_ratio > S(0);
+    const V half = select(teacher_larger, splat<V>(S(0.5)), select(log_ratio < S(0), splat<V>(S(-0.5)), V{}));
+    return {weighted(select(teacher_larger, p, q), begun.share), -half, half, V{}, V{}};
+  }
+  KDKERNELS_INLINE V total(V sum_of_values, V /*far_q*/, V /*far_p*/) const { return sum_of_values; }
+};
+
+// 1 / (1 + e^-x) and 1 / (1 + e^x), and the logarithms of their inverses, each accurate where it is small
+template <class V>
+struct Logistic {
+  V probability, rest;  // of x, of -x
+  V minus_log, minus_log_rest;
+
+  KDKERNELS_INLINE explicit Logistic(V x) {
+    const V exp = exp_nonpositive(-absolute(x)), log = log1p_parts(exp).value;
+    const V larger = splat<V>(1) / (exp + Scalar<V>(1)), smaller = exp * larger;
+    const Bits<V> positive = x > Scalar<V>(0);
+    probability = select(positive, larger, smaller);
+    rest = select(positive, smaller, larger);
+    minus_log = maximum(-x, V{}) + log;
+    minus_log_rest = maximum(x, V{}) + log;
+  }
+};
+
+// KL of (p_y, 1 - p_y) and (q_y, 1 - q_y) from the log-odds ln((1 - q_y) / q_y) = a of the student and b of the
+// teacher, and the difference (1 - q_y) - (1 - p_y). With d = a - b and c = 1 - p_y it is ln(1 + c (e^d - 1)) - c d, or
+// the same with c = p_y and -d; where d is small, the smaller c is taken and the first-order parts are left out.
+template <class V>
+struct TargetClassDivergence {
+  V value, difference;
+
+  KDKERNELS_INLINE TargetClassDivergence(V a, V b, V d) {
+    using S = Scalar<V>;
+    const Logistic<V> student(a), teacher(b);
+    const V far_difference = select(a > S(0), teacher.rest - student.rest, student.probability - teacher.probability);
+    const V of_label = weighted(teacher.rest, student.minus_log_rest - teacher.minus_log_rest);
+    const V of_others = weighted(teacher.probability, student.minus_log - teacher.minus_log);
+    const V far_value = (of_label - far_difference) + (of_others + far_difference);
+
+    const Bits<V> label_rare = b > S(0);
+    const V c = minimum(teacher.rest, teacher.probability), change = select(label_rare, -d, d);
+    const Bits<V> grows = change > S(0);
+    const ExpDifferences<V> e = exp_differences(-absolute(d));
+    const V expm1 = select(grows, -e.expm1 / e.exp, e.expm1);
+    const V expm1_rest = select(grows, e.product_rest / e.exp, e.rest);
+    const V y = c * expm1;
+    const V near_value = log1p_parts(y).rest + c * expm1_rest;
+    const V near_difference = y * (splat<V>(1) - c) / (y + S(1));
+
+    const Bits<V> near = absolute(d) < S(1);
+    value = select(near, near_value, far_value);
+    difference = select(near, select(label_rare, -near_difference, near_difference), far_difference);
+  }
+};
+
 }  // namespace kdkernels::math
