@@ -16,9 +16,15 @@ from kdkernels.ops.gradient_reversal import gradient_reversal, gradient_reversal
 from kdkernels.ops.pointwise_divergence import binary_kl_div_with_logits, js_div, kl_div
 from kdkernels.ops.softmax_divergence import (
     DivergenceParts,
+    decoupled_distillation_loss,
     distillation_loss,
+    entropy_with_logits,
     js_div_with_logits,
     kl_div_with_logits,
+    normalized_distillation_loss,
+    skew_kl_div_with_logits,
+    soft_cross_entropy,
+    total_variation_distance_with_logits,
 )
 from kdkernels.ops.topk_divergence import TopKLoss, TopKTeacher, topk_kl_div_with_logits, topk_teacher
 from kdkernels.ops.total_variation import ImagePriorLosses, image_prior_losses, total_variation
@@ -37,7 +43,9 @@ __all__ = [
     "batch_norm_stats",
     "batch_norm_tap",
     "binary_kl_div_with_logits",
+    "decoupled_distillation_loss",
     "distillation_loss",
+    "entropy_with_logits",
     "gradient_reversal",
     "gradient_reversal_linear",
     "image_prior_losses",
@@ -45,9 +53,13 @@ __all__ = [
     "js_div_with_logits",
     "kl_div",
     "kl_div_with_logits",
+    "normalized_distillation_loss",
+    "skew_kl_div_with_logits",
+    "soft_cross_entropy",
     "topk_kl_div_with_logits",
     "topk_teacher",
     "total_variation",
+    "total_variation_distance_with_logits",
 ]
 
 for _name in __all__:

@@ -5,6 +5,7 @@ import torch
 from contract import of_cpu, of_kernels
 
 from kdkernels.functional import distillation_loss
+from kdkernels.ops.softmax_divergence import other_cases
 from kdkernels.testing.comparison import peak_bytes
 
 
@@ -27,3 +28,20 @@ def test_shifted_slices_need_no_copy(options):
 
     step()
     assert peak_bytes(step) <= 2.05 * whole.numel() * 4
+
+
+@of_cpu
+@of_kernels
+@pytest.mark.parametrize("name", other_cases.FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_losses_allocate_the_gradient_alone(name, dtype):
+    work = other_cases.workload(name, (512, 2000), dtype, "")
+    student, *others = work.make("cpu")
+    student.requires_grad_()
+
+    def step():
+        student.grad = None
+        work.ours(student, *others).backward()
+
+    step()
+    assert peak_bytes(step) <= 1.05 * student.numel() * dtype.itemsize

@@ -1,7 +1,8 @@
 """Temperature-softmax divergences from raw logits, with the cross-entropy of hard labels in the same pass.
 
-This file has the public functions. ``autograd.py`` defines the op; ``saved.py`` says what the forward of each backend
-saves for its backward, and states the passes over memory.
+This file has the main public functions, ``other_losses.py`` and ``decoupled_losses.py`` have the others.
+``autograd.py`` defines the op of plain calls and ``loss.py`` that with every option; ``saved.py`` says what the forward
+of each backend saves for its backward, and states the passes over memory.
 """
 
 from collections.abc import Sequence
@@ -10,29 +11,22 @@ from typing import Literal
 from torch import Tensor
 
 from kdkernels.ops import _checks
-from kdkernels.ops._types import Reduction
+from kdkernels.ops._types import Divergence, Reduction, TargetType
 from kdkernels.ops.softmax_divergence.checks import check_temperature, check_weights
-from kdkernels.ops.softmax_divergence.compute import Call
+from kdkernels.ops.softmax_divergence.compute import Call, divergence_loss
 from kdkernels.ops.softmax_divergence.compute import DivergenceParts as DivergenceParts
-
-Divergence = Literal["forward_kl", "reverse_kl", "js"]
-TargetType = Literal["logits", "log_probs", "probs"]
-
-
-def _divergence(
-    input: Tensor, target: Tensor, divergence: str, *, temperature: float | Tensor, dim: int | Sequence[int] | None,
-    reduction: str, beta: float | Tensor = 0.5, position_weight: Tensor | None, target_type: str, standardize: bool,
-    return_parts: bool,
-) -> Tensor:  # fmt: skip
-    call = Call(
-        input, target, dim=dim, reduction=reduction, position_weight=position_weight, target_type=target_type,
-        return_parts=return_parts,
-    )  # fmt: skip
-    if standardize:
-        call.standardize()
-    temperature = check_temperature(temperature, input)
-    beta = _checks.check_scalar("beta", beta, input, minimum=0, maximum=1)
-    return call.run(divergence, temperature=temperature, beta=beta)  # type: ignore[no-any-return]
+from kdkernels.ops.softmax_divergence.decoupled_losses import (
+    decoupled_distillation_loss as decoupled_distillation_loss,
+)
+from kdkernels.ops.softmax_divergence.decoupled_losses import (
+    normalized_distillation_loss as normalized_distillation_loss,
+)
+from kdkernels.ops.softmax_divergence.other_losses import entropy_with_logits as entropy_with_logits
+from kdkernels.ops.softmax_divergence.other_losses import skew_kl_div_with_logits as skew_kl_div_with_logits
+from kdkernels.ops.softmax_divergence.other_losses import soft_cross_entropy as soft_cross_entropy
+from kdkernels.ops.softmax_divergence.other_losses import (
+    total_variation_distance_with_logits as total_variation_distance_with_logits,
+)
 
 
 def kl_div_with_logits(
@@ -110,7 +104,7 @@ def kl_div_with_logits(
         >>> loss = kl_div_with_logits(student, teacher, target_type="log_probs", position_weight=mask)
 
     """
-    return _divergence(
+    return divergence_loss(  # type: ignore[no-any-return]
         input, target, "reverse_kl" if reverse else "forward_kl", temperature=temperature, dim=dim,
         reduction=reduction, position_weight=position_weight, target_type=target_type, standardize=standardize,
         return_parts=return_parts,
@@ -181,7 +175,7 @@ def js_div_with_logits(
     """
     if legacy_clamp and (number := _checks.number_of(beta)) != 0.5:
         raise ValueError(f"legacy_clamp=True is defined for beta=0.5 only, got beta={number!r}; leave beta out")
-    return _divergence(
+    return divergence_loss(  # type: ignore[no-any-return]
         input, target, "clamped_js" if legacy_clamp else "js", temperature=temperature, beta=beta, dim=dim,
         reduction=reduction, position_weight=position_weight, target_type=target_type, standardize=standardize,
         return_parts=return_parts,

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.ops._cases import Benchmark, Call, Case, FarCall, Workload, draw, layouts, one_of, register
-from kdkernels.ops.softmax_divergence import distillation_loss, js_div_with_logits, kl_div_with_logits, loss_cases
+from kdkernels.ops.softmax_divergence import (
+    distillation_loss,
+    js_div_with_logits,
+    kl_div_with_logits,
+    loss_cases,
+    other_cases,
+)
 from kdkernels.ops.softmax_divergence.saved import passes
 
 CLASSES = (1, 2, 3, 10, 19, 1000, 1001, 32000, 50257, 128256, 151936, 2**17 + 1)
@@ -165,6 +171,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             yield Case(f"{other} student", kl_div_with_logits, eager_loss, samples, both)
             yield Case(f"{other} teacher", kl_div_with_logits, eager_loss, tuple((t, s) for s, t in samples), both)
     yield from loss_cases.cases(dtype, device)
+    yield from other_cases.cases(dtype, device)
 
 
 def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
@@ -172,6 +179,8 @@ def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant:
 
     The classes are the last dimension, or the second with the variant ``"dim=1"``.
     """
+    if function in other_cases.FUNCTIONS:
+        return other_cases.workload(function, shape, dtype, variant)
     dim = {"": -1, "dim=1": 1}[one_of(variant, ("", "dim=1"))]
     if len(shape) < 2:
         raise ValueError(f"shape must have a dimension of positions and one of classes, got {list(shape)}")
@@ -220,6 +229,7 @@ def calls() -> list[Call]:
         Call("distillation", distillation_loss, (s, t, labels)),
         Call("distillation to both", partial(distillation_loss, temperature=1.5), (s, t), both),
         *loss_cases.calls(),
+        *other_cases.calls(),
     ]
 
 
@@ -262,6 +272,7 @@ BENCHMARKS = (
       for classes in (32000, 128256, 151936)
       for function in FUNCTIONS
       for dtype in (torch.float32, BF16)),
+    *other_cases.BENCHMARKS,
 )  # fmt: skip
 GPU_BENCHMARKS = (
     Benchmark(KL, (8192, 32000)),
@@ -285,7 +296,7 @@ register(
     accuracy=cases,
     calls=calls,
     far_calls=FAR_CALLS,
-    functions=FUNCTIONS,
+    functions=(*FUNCTIONS, *other_cases.FUNCTIONS),
     workload=workload,
     benchmarks=BENCHMARKS,
     gpu_benchmarks=GPU_BENCHMARKS,

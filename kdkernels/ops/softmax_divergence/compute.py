@@ -173,3 +173,20 @@ class Call:
         return DivergenceParts(
             loss, cross_entropy, divergence, input_logsumexp, target_logsumexp, entropy, agreement != 0
         )
+
+
+def divergence_loss(
+    input: Tensor, target: Tensor, divergence: str, *, temperature: float | Tensor, dim: int | Sequence[int] | None,
+    reduction: str, beta: float | Tensor = 0.5, beta_name: str = "beta", position_weight: Tensor | None,
+    target_type: str, standardize: bool, return_parts: bool,
+) -> Any:  # fmt: skip
+    """Return a divergence without labels, from the arguments of a public function."""
+    call = Call(
+        input, target, dim=dim, reduction=reduction, position_weight=position_weight, target_type=target_type,
+        return_parts=return_parts,
+    )  # fmt: skip
+    if standardize:
+        call.standardize()
+    temperature = checks.check_temperature(temperature, input)
+    beta = _checks.check_scalar(beta_name, beta, input, minimum=0, maximum=1)
+    return call.run(divergence, temperature=temperature, beta=beta)

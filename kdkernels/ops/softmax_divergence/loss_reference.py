@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdkernels.ops import _positions, _registry
 from kdkernels.ops._numerics import compute_dtype, laid_out_as
-from kdkernels.ops.softmax_divergence import reference, terms
+from kdkernels.ops.softmax_divergence import decoupled_terms, reference, terms
 
 # Rows of the parts of a loss, with a column for each position
 PARTS = ("cross_entropy", "divergence", "input_logsumexp", "target_logsumexp", "target_entropy", "agreement")
@@ -73,10 +73,11 @@ class _Problem:
         self.target = torch.where(counted, given.target.to(dtype), 0.0 if given.target_type == "logits" else 1.0)
         if given.target_type == "log_probs":
             self.target = torch.where(counted, self.target, 0.0)
-        self.pair = terms.pair(
-            given.divergence, self.logits, self.target, given.target_type, self.temperature, self.beta, given.dim,
-            None if given.labels is None or given.soft_labels else self.index,
-        )  # fmt: skip
+        sides, kind = (self.logits, self.target), given.divergence
+        if kind in decoupled_terms.KINDS:
+            self.pair = decoupled_terms.pair(kind, *sides, self.temperature, given.dim, self.index)
+        else:
+            self.pair = terms.pair(kind, *sides, given.target_type, self.temperature, self.beta, given.dim)
 
     def _weigh_positions(self, dtype: torch.dtype) -> None:
         """Find the weight of each position in either term, and what the sums of the terms are divided by."""
@@ -153,7 +154,9 @@ def check_values(given: Arguments) -> None:
     smoothing = given.label_smoothing
     if labels is not None and given.position_weight is not None:
         labels = torch.where(given.position_weight == 0, 0, labels)
-    reference.check_values(labels, given.temperature, given.beta, given.input.shape[given.dim], given.ignore_index)
+    share = "alpha" if given.divergence in ("skew_kl", "reverse_skew_kl") else "beta"
+    classes = given.input.shape[given.dim]
+    reference.check_values(labels, given.temperature, given.beta, classes, given.ignore_index, share)
     if _registry.values_are_visible(smoothing) and not 0 <= smoothing.item() <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing.item()}")
     _positions.check_weight_values("position_weight", given.position_weight)
@@ -230,6 +233,8 @@ def gradients(grad_output: Tensor, given: Arguments) -> tuple[Tensor, Tensor, Te
             by_labels = _times(label_scale, -(1 - problem.smoothing) * (1 if weight is None else weight) * log_softmax)
             by_labels = by_labels.to(given.labels.dtype)
     by_temperature = _times(counts * problem.divergence_weight, pair.by_temperature)
+    if pair.label_by_temperature is not None:
+        by_temperature = by_temperature + _times(label_scale.squeeze(dim), pair.label_by_temperature)
     scalars = torch.stack([by_temperature.sum(), _times(counts, pair.value).sum()])
     return student.to(given.input.dtype), teacher.to(given.target.dtype), by_labels, scalars
 

@@ -15,7 +15,7 @@ from kdkernels.ops import _registry
 from kdkernels.ops._numerics import compute_dtype, laid_out_as
 
 
-def _kl_div(log_weight: Tensor, log_other: Tensor, dim: int) -> Tensor:
+def kl_div(log_weight: Tensor, log_other: Tensor, dim: int) -> Tensor:
     """Return the sum of w (ln w - ln v); a term with w = 0 is 0.
 
     The sum of v - w is 0; added term by term, it removes the rounding error of the first-order terms.
@@ -27,12 +27,12 @@ def _kl_div(log_weight: Tensor, log_other: Tensor, dim: int) -> Tensor:
     return torch.where(unbounded.any(dim), math.inf, value)
 
 
-def _sum_to_zero(gradient: Tensor, probability: Tensor, dim: int) -> Tensor:
+def sum_to_zero(gradient: Tensor, probability: Tensor, dim: int) -> Tensor:
     """Remove the sum that rounding leaves in a gradient through softmax; it matters if one class has p near 1."""
     return gradient - probability * gradient.sum(dim, keepdim=True)
 
 
-def _softmax_gradient(log_probability: Tensor, slope: Tensor, dim: int) -> Tensor:
+def softmax_gradient(log_probability: Tensor, slope: Tensor, dim: int) -> Tensor:
     """Return T * d/dz of a function of softmax(z / T) whose derivative with respect to the probabilities is slope.
 
     If the mean slope of a position is infinite, its gradient is 0.
@@ -42,7 +42,7 @@ def _softmax_gradient(log_probability: Tensor, slope: Tensor, dim: int) -> Tenso
     slope = torch.where((probability > 0) & bounded, slope, 0.0)
     mean = (probability * slope).sum(dim, keepdim=True)
     gradient = torch.where(probability > 0, probability * (slope - mean), probability)
-    return torch.where(bounded, _sum_to_zero(gradient, probability, dim), 0.0)
+    return torch.where(bounded, sum_to_zero(gradient, probability, dim), 0.0)
 
 
 def _log_mean(log_q: Tensor, log_p: Tensor, beta: Tensor) -> Tensor:
@@ -74,13 +74,13 @@ class _Clamped:
 def divergence_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int) -> Tensor:
     """Return the divergence of each position."""
     if kind == "forward_kl":
-        return _kl_div(log_p, log_q, dim)
+        return kl_div(log_p, log_q, dim)
     if kind == "reverse_kl":
-        return _kl_div(log_q, log_p, dim)
+        return kl_div(log_q, log_p, dim)
     if kind == "clamped_js":
         return _Clamped(log_q, log_p).value(dim)
     inner, log_m = _interior(log_q, log_p, beta)
-    js = inner * _kl_div(log_p, log_m, dim) + (1 - inner) * _kl_div(log_q, log_m, dim)
+    js = inner * kl_div(log_p, log_m, dim) + (1 - inner) * kl_div(log_q, log_m, dim)
     at_0 = divergence_of("forward_kl", log_q, log_p, beta, dim)
     at_1 = divergence_of("reverse_kl", log_q, log_p, beta, dim)
     return torch.where(beta == 0, at_0, torch.where(beta == 1, at_1, js))
@@ -90,16 +90,16 @@ def gradients_of(kind: str, log_q: Tensor, log_p: Tensor, beta: Tensor, dim: int
     """Return T times the gradients of each position's divergence for the student's and the teacher's logits."""
     q, p = log_q.exp(), log_p.exp()
     if kind == "forward_kl":
-        return _sum_to_zero(q - p, q, dim), _softmax_gradient(log_p, log_p - log_q, dim)
+        return sum_to_zero(q - p, q, dim), softmax_gradient(log_p, log_p - log_q, dim)
     if kind == "reverse_kl":
-        return _softmax_gradient(log_q, log_q - log_p, dim), _sum_to_zero(p - q, p, dim)
+        return softmax_gradient(log_q, log_q - log_p, dim), sum_to_zero(p - q, p, dim)
     if kind == "clamped_js":
         q_slope, p_slope = _Clamped(log_q, log_p).slopes()
-        return _softmax_gradient(log_q, q_slope, dim), _softmax_gradient(log_p, p_slope, dim)
+        return softmax_gradient(log_q, q_slope, dim), softmax_gradient(log_p, p_slope, dim)
     inner, log_m = _interior(log_q, log_p, beta)
     js = (
-        (1 - inner) * _softmax_gradient(log_q, log_q - log_m, dim),
-        inner * _softmax_gradient(log_p, log_p - log_m, dim),
+        (1 - inner) * softmax_gradient(log_q, log_q - log_m, dim),
+        inner * softmax_gradient(log_p, log_p - log_m, dim),
     )
     at_0 = gradients_of("forward_kl", log_q, log_p, beta, dim)
     at_1 = gradients_of("reverse_kl", log_q, log_p, beta, dim)
@@ -169,12 +169,14 @@ class _Problem:
         return torch.where(logits == -math.inf, 0.0, torch.where(logits == -math.inf, largest, logits) - largest)
 
 
-def check_values(labels: Tensor | None, temperature: Tensor, beta: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise if a value that may be read here is not accepted."""
+def check_values(
+    labels: Tensor | None, temperature: Tensor, beta: Tensor, classes: int, ignore_index: int, share: str = "beta"
+) -> None:
+    """Raise if a value that may be read here is not accepted; ``share`` is the name of beta."""
     if _registry.values_are_visible(temperature) and not 0 < temperature.item() < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature.item()}")
     if _registry.values_are_visible(beta) and not 0 <= beta.item() <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta.item()}")
+        raise ValueError(f"{share} must be in [0, 1], got {beta.item()}")
     if labels is not None and _registry.values_are_visible(labels):
         check_labels(labels, classes, ignore_index)
 

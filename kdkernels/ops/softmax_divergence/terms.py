@@ -1,13 +1,13 @@
 """Divergences of a student from teachers of every kind, with their closed-form derivatives: part of the reference."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdkernels.ops import _registry
-from kdkernels.ops.softmax_divergence import reference
+from kdkernels.ops.softmax_divergence import other_terms, reference
 
 TARGET_TYPES = ("logits", "log_probs", "probs")
 
@@ -49,7 +49,8 @@ def needs_unit_mass(divergence: str) -> bool:
 
 def kernel_differentiates_target(divergence: str) -> bool:
     """Tell whether the kernels compute the gradient of a teacher's logits."""
-    return divergence in ("forward_kl", "reverse_kl", "js", "clamped_js")
+    skewed = ("skew_kl", "reverse_skew_kl", "total_variation_distance")
+    return divergence in ("forward_kl", "reverse_kl", "js", "clamped_js", *skewed)
 
 
 def mass_tolerance(dtype: torch.dtype) -> float:
@@ -105,29 +106,59 @@ def _forward_kl(log_q: Tensor, log_p: Tensor, dim: int) -> tuple[Tensor, Tensor,
     return value, p.sum(dim, keepdim=True) * q - p, torch.where(p > 0, p * (ratio + 1), 0.0)
 
 
-def pair(
+def _one_pair(
     kind: str, logits: Tensor, target: Tensor, target_type: str, temperature: Tensor, beta: Tensor, dim: int,
-    index: Tensor | None,
+    *, unit_mass: bool,
 ) -> Pair:  # fmt: skip
-    """Return the divergence of a kind, and its derivatives; ``index`` is the class of each position, if any."""
+    """Return a divergence and its derivatives; the share of a skewed one lies strictly between 0 and 1.
+
+    With ``unit_mass``, probabilities are normalized.
+    """
     log_q = torch.log_softmax(divided(logits, temperature), dim)
     by_target = torch.zeros_like(log_q)
     if target_type == "logits":
         log_p = divided(target, temperature)
     else:
         log_p = target if target_type == "log_probs" else _log(target)
-    if target_type == "logits" or needs_unit_mass(kind):
+    if target_type == "logits" or unit_mass:
         normalized = torch.log_softmax(log_p, dim)
-        value = reference.divergence_of(kind, log_q, normalized, beta, dim)
-        student, teacher = reference.gradients_of(kind, log_q, normalized, beta, dim)
+        if kind in other_terms.KINDS:
+            value, student, teacher = other_terms.terms_of(kind, log_q, normalized, beta, dim)
+        else:
+            value = reference.divergence_of(kind, log_q, normalized, beta, dim)
+            student, teacher = reference.gradients_of(kind, log_q, normalized, beta, dim)
+    elif kind == "soft_cross_entropy":
+        value, student, teacher = other_terms.soft_cross_entropy(log_q, log_p, dim)
     else:
         value, student, teacher = _forward_kl(log_q, log_p, dim)
     if target_type == "logits":
         log_p = normalized
         by_target = relative(target, dim) * teacher
     elif target_type == "probs":
-        teacher = torch.where(target == 0, 0.0, teacher / torch.where(target == 0, 1.0, target))
+        zero, slope = target == 0, torch.zeros_like(log_q)
+        if kind == "soft_cross_entropy":  # which is linear in p
+            slope = torch.where(log_q == -math.inf, 0.0, -log_q)
+        teacher = torch.where(zero, slope, teacher / torch.where(zero, 1.0, target))
     by_temperature = -(relative(logits, dim) * student + by_target).sum(dim) / temperature**2
     by_temperature = torch.where(value == math.inf, 0.0, by_temperature)
     own = temperature if target_type == "logits" else torch.ones_like(temperature)
     return Pair(value, student, teacher, own, by_temperature, log_p)
+
+
+def pair(
+    kind: str, logits: Tensor, target: Tensor, target_type: str, temperature: Tensor, beta: Tensor, dim: int
+) -> Pair:
+    """Return the divergence of a kind, and its derivatives."""
+    sides = (logits, target, target_type, temperature)
+    if kind not in ("skew_kl", "reverse_skew_kl"):
+        return _one_pair(kind, *sides, beta, dim, unit_mass=needs_unit_mass(kind))
+    at_end = (beta == 0) | (beta == 1)
+    inner = torch.where(at_end, 0.5, beta)
+    skewed = _one_pair(kind, *sides, inner, dim, unit_mass=True)
+    plain = _one_pair("forward_kl" if kind == "skew_kl" else "reverse_kl", *sides, inner, dim, unit_mass=True)
+
+    def at(place: str) -> Tensor:
+        end = torch.where(beta == 0, getattr(plain, place), 0.0)
+        return torch.where(at_end, end, getattr(skewed, place))
+
+    return replace(skewed, **{place: at(place) for place in ("value", "student", "teacher", "by_temperature")})
