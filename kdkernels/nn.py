@@ -8,17 +8,23 @@ from torch import Tensor
 from torch.nn import Module
 
 from kdkernels import functional
-from kdkernels._coefficients import Coefficients, shown
+from kdkernels._distillation_modules import DecoupledDistillationLoss, DistillationLoss, NormalizedDistillationLoss
+from kdkernels._divergence_modules import (
+    JSDivWithLogitsLoss,
+    KLDivWithLogitsLoss,
+    SkewKLDivWithLogitsLoss,
+    SoftCrossEntropyLoss,
+)
 from kdkernels._gradient_reversal import GradientReversal, GradientReversalLinear, WarmStartGradientReversal
 from kdkernels._pointwise_losses import BinaryKLDivWithLogitsLoss, KLDivLoss
 from kdkernels._topk_divergence import TopKKLDivWithLogitsLoss
 from kdkernels.ops import total_variation as _total_variation
-from kdkernels.ops._types import ChannelReduction, Mode, Moment, Reduction
-from kdkernels.ops.softmax_divergence import Divergence
+from kdkernels.ops._types import ChannelReduction, Mode, Moment
 
 __all__ = [
     "BatchNormStatLoss",
     "BinaryKLDivWithLogitsLoss",
+    "DecoupledDistillationLoss",
     "DistillationLoss",
     "GradientReversal",
     "GradientReversalLinear",
@@ -26,158 +32,13 @@ __all__ = [
     "JSDivWithLogitsLoss",
     "KLDivLoss",
     "KLDivWithLogitsLoss",
+    "NormalizedDistillationLoss",
+    "SkewKLDivWithLogitsLoss",
+    "SoftCrossEntropyLoss",
     "TopKKLDivWithLogitsLoss",
     "TotalVariationLoss",
     "WarmStartGradientReversal",
 ]
-
-
-class KLDivWithLogitsLoss(Coefficients):
-    """Module of :func:`kdkernels.functional.kl_div_with_logits`; call it with student and teacher logits.
-
-    A temperature that is a tensor moves with the module; a ``torch.nn.Parameter`` is also trained with it.
-    """
-
-    temperature: float | Tensor
-
-    def __init__(
-        self,
-        *,
-        temperature: float | Tensor = 1.0,
-        dim: int | None = None,
-        reverse: bool = False,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        self.set_coefficient("temperature", temperature)
-        self.dim = dim
-        self.reverse = reverse
-        self.reduction: Reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the divergence of student logits ``input`` and teacher logits ``target``."""
-        return functional.kl_div_with_logits(
-            input, target, temperature=self.temperature, dim=self.dim, reverse=self.reverse, reduction=self.reduction
-        )
-
-    def extra_repr(self) -> str:
-        """Show which divergence it is."""
-        direction = "KL(student || teacher)" if self.reverse else "KL(teacher || student)"
-        return f"{direction}, temperature={shown(self.temperature)}{_dim(self.dim)}, reduction={self.reduction!r}"
-
-
-class JSDivWithLogitsLoss(Coefficients):
-    """Module of :func:`kdkernels.functional.js_div_with_logits`; call it with student and teacher logits.
-
-    Coefficients that are tensors move with the module.
-    """
-
-    beta: float | Tensor
-    temperature: float | Tensor
-
-    def __init__(
-        self,
-        *,
-        beta: float | Tensor = 0.5,
-        temperature: float | Tensor = 1.0,
-        dim: int | None = None,
-        legacy_clamp: bool = False,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        self.set_coefficient("beta", beta)
-        self.set_coefficient("temperature", temperature)
-        self.dim = dim
-        self.legacy_clamp = legacy_clamp
-        self.reduction: Reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the divergence of student logits ``input`` and teacher logits ``target``."""
-        return functional.js_div_with_logits(
-            input,
-            target,
-            beta=self.beta,
-            temperature=self.temperature,
-            dim=self.dim,
-            legacy_clamp=self.legacy_clamp,
-            reduction=self.reduction,
-        )
-
-    def extra_repr(self) -> str:
-        """Show which divergence it is."""
-        form = "clamped, reversed J" if self.legacy_clamp else f"JS, beta={shown(self.beta)}"
-        return f"{form}, temperature={shown(self.temperature)}{_dim(self.dim)}, reduction={self.reduction!r}"
-
-
-class DistillationLoss(Coefficients):
-    """Module of :func:`kdkernels.functional.distillation_loss`.
-
-    Call it with student logits, teacher logits and, for the cross-entropy term, labels. The default weights are those
-    of the function: 0.9 and 0.1 with labels, 1 and 0 without. Coefficients that are tensors move with the module.
-    """
-
-    temperature: float | Tensor
-    kd_weight: float | Tensor | None
-    ce_weight: float | Tensor | None
-    beta: float | Tensor
-
-    def __init__(
-        self,
-        *,
-        temperature: float | Tensor = 4.0,
-        kd_weight: float | Tensor | None = None,
-        ce_weight: float | Tensor | None = None,
-        divergence: Divergence = "forward_kl",
-        beta: float | Tensor = 0.5,
-        dim: int | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        self.set_coefficient("temperature", temperature)
-        self.set_coefficient("kd_weight", kd_weight)
-        self.set_coefficient("ce_weight", ce_weight)
-        self.divergence: Divergence = divergence
-        self.set_coefficient("beta", beta)
-        self.dim = dim
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the loss of student logits ``input``, teacher logits ``target`` and class indices ``labels``."""
-        return functional.distillation_loss(
-            input,
-            target,
-            labels,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            divergence=self.divergence,
-            beta=self.beta,
-            dim=self.dim,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
-
-    def extra_repr(self) -> str:
-        """Show which loss it is."""
-        name = {
-            "forward_kl": "KL(teacher || student)",
-            "reverse_kl": "KL(student || teacher)",
-            "js": f"JS(beta={shown(self.beta)})",
-        }.get(self.divergence, self.divergence)
-        kd, ce = shown(self.kd_weight), shown(self.ce_weight)
-        weights = "kd_weight=0.9, ce_weight=0.1 (1 and 0 without labels)"
-        if kd is not None or ce is not None:
-            weights = f"kd_weight={kd}, ce_weight={ce}"
-        return (
-            f"kd_weight * T^2 * {name} + ce_weight * CE, T={shown(self.temperature)}, {weights}{_dim(self.dim)}, "
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
-        )
-
-
-def _dim(dim: int | None) -> str:
-    return "" if dim is None else f", dim={dim}"
 
 
 class BatchNormStatLoss(Module):
