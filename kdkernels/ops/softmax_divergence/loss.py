@@ -140,6 +140,7 @@ LOSS = _registry.define(
     setup_context=_setup_context,
     backward=_backward,
     forward_mode=_forward_mode,
+    triton=False,
 )
 _BACKWARD = _registry.define(
     "softmax_loss_backward",
@@ -148,4 +149,5 @@ _BACKWARD = _registry.define(
     fake=_backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_backward,
+    triton=False,
 )

@@ -148,6 +148,29 @@ def _times(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, value))
 
 
+def _mass_tolerance(dtype: torch.dtype) -> float:
+    """Return how far from 1 probabilities of a dtype may sum to: what rounding them makes likely."""
+    return 1e-3 if dtype.itemsize >= 4 else 2e-2
+
+
+def _check_mass(target: Tensor, target_type: str, dim: int, counted: Tensor | None) -> None:
+    """Raise if probabilities that may be read here do not sum to 1."""
+    if not _registry.values_are_visible(target):
+        return
+    probabilities = target.detach().double()
+    mass = (probabilities.exp() if target_type == "log_probs" else probabilities).sum(dim)
+    bad = (mass - 1).abs() > _mass_tolerance(target.dtype)
+    if counted is not None:
+        bad = bad & counted
+    if bad.any():
+        first = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"the probabilities of target at position {first} (in flattened order) sum to "
+            f"{mass.flatten()[first].item():g}; this divergence needs a sum of 1: normalize them, or use the forward "
+            "KL divergence"
+        )
+
+
 def check_values(given: Arguments) -> None:
     """Raise if a value that may be read here is not accepted."""
     labels = None if given.soft_labels else given.labels
@@ -166,7 +189,7 @@ def check_values(given: Arguments) -> None:
         if labels is not None and given.ignored_by_divergence:
             kept = labels != given.ignore_index
             counted = kept if counted is None else kept & counted
-        terms.check_mass(given.target, given.target_type, given.dim, counted)
+        _check_mass(given.target, given.target_type, given.dim, counted)
 
 
 def loss_of(given: Arguments) -> tuple[Tensor, Tensor]:

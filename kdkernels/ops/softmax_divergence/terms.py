@@ -6,10 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _registry
 from kdkernels.ops.softmax_divergence import other_terms, reference
-
-TARGET_TYPES = ("logits", "log_probs", "probs")
 
 
 @dataclass(frozen=True)
@@ -51,29 +48,6 @@ def kernel_differentiates_target(divergence: str) -> bool:
     """Tell whether the kernels compute the gradient of a teacher's logits."""
     skewed = ("skew_kl", "reverse_skew_kl", "total_variation_distance")
     return divergence in ("forward_kl", "reverse_kl", "js", "clamped_js", *skewed)
-
-
-def mass_tolerance(dtype: torch.dtype) -> float:
-    """Return how far from 1 probabilities of a dtype may sum to: what rounding them makes likely."""
-    return 1e-3 if dtype.itemsize >= 4 else 2e-2
-
-
-def check_mass(target: Tensor, target_type: str, dim: int, counted: Tensor | None) -> None:
-    """Raise if probabilities that may be read here do not sum to 1."""
-    if not _registry.values_are_visible(target):
-        return
-    probabilities = target.detach().double()
-    mass = (probabilities.exp() if target_type == "log_probs" else probabilities).sum(dim)
-    bad = (mass - 1).abs() > mass_tolerance(target.dtype)
-    if counted is not None:
-        bad = bad & counted
-    if bad.any():
-        first = int(bad.flatten().nonzero()[0])
-        raise ValueError(
-            f"the probabilities of target at position {first} (in flattened order) sum to "
-            f"{mass.flatten()[first].item():g}; this divergence needs a sum of 1: normalize them, or use the forward "
-            "KL divergence"
-        )
 
 
 def _log(probability: Tensor) -> Tensor:
