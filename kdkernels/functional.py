@@ -14,6 +14,7 @@ from kdkernels.ops.batch_norm_stats import (
 )
 from kdkernels.ops.gradient_reversal import gradient_reversal, gradient_reversal_linear
 from kdkernels.ops.pointwise_divergence import binary_kl_div_with_logits, js_div, kl_div
+from kdkernels.ops.linear_distillation import linear_distillation_loss
 from kdkernels.ops.softmax_divergence import (
     DivergenceParts,
     decoupled_distillation_loss,
@@ -53,6 +54,7 @@ __all__ = [
     "js_div_with_logits",
     "kl_div",
     "kl_div_with_logits",
+    "linear_distillation_loss",
     "normalized_distillation_loss",
     "skew_kl_div_with_logits",
     "soft_cross_entropy",

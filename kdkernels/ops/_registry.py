@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,9 +29,10 @@ _debug: bool = False
 class Op:
     """An op with an overload for each backend."""
 
-    def __init__(self, name: str, forward_mode: Callable[..., Any] | None) -> None:
+    def __init__(self, name: str, forward_mode: Callable[..., Any] | None, composed_of: str | None) -> None:
         self.name = name
         self.forward_mode = forward_mode
+        self.composed_of = composed_of
         packet = getattr(torch.ops.kdkernels, name)
         self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in BACKENDS}
         self.functions: dict[str, type[torch.autograd.Function]] = {}
@@ -56,6 +58,10 @@ class Op:
                 return _without_autograd(self.overloads[backend], arguments)
         return self.overloads[backend](*arguments)
 
+    def compute(self, backend: str, *arguments: Any) -> Any:
+        """Compute below autograd, in the implementation of an op that is composed of others."""
+        return _without_autograd(self.overloads[backend], arguments)
+
     def run_on(self, device: torch.device, *arguments: Any) -> Any:
         """Compute with the backend chosen for a device."""
         return self.run(self.choose(device), *arguments)
@@ -72,6 +78,8 @@ class Op:
 
     def available(self, backend: str, device: torch.device) -> bool:
         """Tell whether a backend has this op for a device."""
+        if self.composed_of is not None:
+            return find(self.composed_of).available(backend, device)
         if backend == "reference":
             return True
         if (self.name, backend, device.type) not in _kernels:
@@ -80,6 +88,8 @@ class Op:
 
     def why_not(self, backend: str, device: torch.device) -> str:
         """Return why a backend is not available."""
+        if self.composed_of is not None:
+            return find(self.composed_of).why_not(backend, device)
         reason = None
         if backend == "native":
             reason = _loader.why_missing(device.type)
@@ -89,6 +99,11 @@ class Op:
             reason = _loader.why_no_triton()
         name = "Triton" if backend == "triton" else backend
         return reason or f"kdkernels has no {name} kernel of {self.name} for devices of type {device.type!r}"
+
+
+def find(name: str) -> Op:
+    """Return an op by its name; how an op that is composed of others finds them."""
+    return _ops[name]
 
 
 def returns(cls: type[tuple[Tensor, ...]]) -> type[tuple[Tensor, ...]]:
@@ -178,6 +193,7 @@ def define(
     forward_mode: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
     triton: bool = True,
+    composed_of: str | None = None,
 ) -> Op:
     """Define an op for every backend.
 
@@ -191,11 +207,13 @@ def define(
         forward_mode: Function in differentiable PyTorch that runs instead where tensors may carry tangents.
         jvp: Forward-mode formula, from the context and the tangents of all arguments; with neither, they raise.
         triton: Whether ``triton.py`` of the op's folder, if there is one, has this op.
+        composed_of: Name of the op that ``reference`` calls. Then ``reference`` serves every backend that this op has:
+            it gets the name of the backend before the arguments.
 
     """
     for backend in BACKENDS:
         _library.define(f"{name}.{backend}{signature}")
-    op = _ops[name] = Op(name, forward_mode)
+    op = _ops[name] = Op(name, forward_mode, composed_of)
     for backend in BACKENDS:
         qualified = f"kdkernels::{name}.{backend}"
         torch.library.register_fake(qualified, fake, lib=_library)
@@ -204,6 +222,10 @@ def define(
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library)
             function = op.functions[backend] = _function(op.overloads[backend], setup, backward, jvp)
             op.applied[backend] = _autograd.plain_apply(function)
+    if composed_of is not None:
+        for backend in BACKENDS:
+            _library.impl(f"{name}.{backend}", partial(reference, backend), "CompositeExplicitAutograd")
+        return op
     _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     package = reference.__module__.rpartition(".")[0]
     has_triton = triton and importlib.util.find_spec(f"{package}.triton") is not None

@@ -1,0 +1,183 @@
+"""Checks of the arguments that need no values of tensors."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops import _autograd
+from kdkernels.ops._checks import (
+    check_choice,
+    check_dense,
+    check_floating,
+    check_integer,
+    check_number,
+    check_same_device,
+    number_of,
+)
+
+
+def autocast(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor as ``F.linear`` takes it under autocast."""
+    if tensor is None or not isinstance(tensor, Tensor):
+        return tensor
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point() or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _check_layer(hidden_name: str, hidden: Tensor, prefix: str, weight: Tensor, bias: Tensor | None) -> None:
+    name = f"{prefix}linear_weight"
+    check_floating(name, weight)
+    check_same_device("input", hidden, name, weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}; expected (classes, {hidden.shape[-1]}), for {hidden_name} of "
+            f"shape {tuple(hidden.shape)}"
+        )
+    if bias is None:
+        return
+    check_floating(f"{prefix}linear_bias", bias)
+    check_same_device("input", hidden, f"{prefix}linear_bias", bias)
+    if bias.shape != (weight.shape[0],):
+        raise ValueError(
+            f"{prefix}linear_bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one number per class"
+        )
+
+
+def check_sides(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor | None,
+    target_linear_weight: Tensor | None, target_linear_bias: Tensor | None, target_type: str, kd_weight: Any,
+) -> None:  # fmt: skip
+    """Check hidden states and linear layers of both sides."""
+    check_floating("input", input)
+    if input.dim() == 0:
+        raise ValueError("input has no dimensions; expected hidden states [..., H]")
+    _check_layer("input", input, "", linear_weight, linear_bias)
+    classes = linear_weight.shape[0]
+    if classes == 0:
+        raise ValueError("linear_weight has 0 classes")
+    check_choice("target_type", target_type, ("logits", "log_probs", "probs"))
+    if target is None:
+        if target_linear_weight is not None or target_linear_bias is not None:
+            raise ValueError("target_linear_weight was given without target; pass the teacher's hidden states")
+        if (number := number_of(kd_weight)) != 0:
+            raise ValueError(
+                f"target is None, but kd_weight is {'its default' if number is None else repr(number)}; pass a teacher, "
+                "or kd_weight=0 for the cross-entropy alone"
+            )
+        return
+    check_floating("target", target)
+    check_same_device("input", input, "target", target)
+    if target.dim() == 0 or target.shape[:-1] != input.shape[:-1]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} and input {tuple(input.shape)}; they must be the same but for the "
+            "last dimension"
+        )
+    if target_linear_weight is None:
+        if target_linear_bias is not None:
+            raise ValueError("target_linear_bias was given without target_linear_weight")
+        if target.shape[-1] != classes:
+            raise ValueError(
+                f"target has {target.shape[-1]} classes and linear_weight {classes}: without target_linear_weight, "
+                "target holds logits or probabilities of the same classes; pass target_linear_weight if it holds hidden "
+                f"states{_slices(target.shape[-1], classes, 'target[..., ', 'linear_weight[')}"
+            )
+        return
+    if target_type != "logits":
+        raise ValueError(
+            f"target_type is {target_type!r}, but target_linear_weight makes logits of target; leave one of them out"
+        )
+    _check_layer("target", target, "target_", target_linear_weight, target_linear_bias)
+    if target_linear_weight.shape[0] != classes:
+        raise ValueError(
+            f"linear_weight has {classes} classes and target_linear_weight {target_linear_weight.shape[0]}; they must "
+            f"be the same{_slices(target_linear_weight.shape[0], classes, 'target_linear_weight[', 'linear_weight[')}"
+        )
+
+
+def _slices(of_target: int, of_input: int, target: str, input: str) -> str:
+    """Return the remedy for vocabularies of different lengths."""
+    longer, classes = (target, of_input) if of_target > of_input else (input, of_target)
+    return f"; if the first {classes} classes are the same, pass {longer}:{classes}]"
+
+
+def checked_labels(labels: Tensor | None, input: Tensor, classes: int) -> Tensor | None:
+    """Return class indices, one for each position, or the probability of each class, or raise."""
+    if labels is None:
+        return None
+    soft = isinstance(labels, Tensor) and labels.is_floating_point()
+    if not isinstance(labels, Tensor) or (labels.dtype != torch.int64 and not soft):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        integers = isinstance(labels, Tensor) and not labels.is_complex()
+        raise TypeError(
+            "labels must be a tensor of class indices, torch.int64, or of the probabilities of the classes, got "
+            f"{got}{'; pass labels.long()' if integers else ''}"
+        )
+    check_dense("labels", labels)
+    check_same_device("input", input, "labels", labels)
+    expected = (*input.shape[:-1], classes) if soft else tuple(input.shape[:-1])
+    if labels.shape != expected:
+        raise ValueError(
+            f"labels of dtype {labels.dtype} have shape {tuple(labels.shape)}; expected {expected}, "
+            + ("the probabilities of the classes at each position" if soft else "input's shape without the last one")
+        )
+    if soft and labels.requires_grad and torch.is_grad_enabled():
+        raise ValueError("labels require grad, but no gradient is computed for them; detach them")
+    return labels
+
+
+def checked_class_weight(weight: Tensor | None, input: Tensor, labels: Tensor | None, classes: int) -> Tensor | None:
+    """Return the weight of each class, or raise."""
+    if weight is None:
+        return None
+    check_floating("class_weight", weight)
+    if labels is None:
+        raise ValueError("class_weight applies to the cross-entropy, but there are no labels; pass labels")
+    if weight.shape != (classes,):
+        raise ValueError(f"class_weight has shape {tuple(weight.shape)}; expected one weight per class, ({classes},)")
+    check_same_device("input", input, "class_weight", weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("class_weight requires grad, but no gradient is computed for it; detach it")
+    return _autograd.savable(weight.detach().contiguous())
+
+
+def checked_weights(
+    labels: Tensor | None, kd_weight: float | Tensor | None, ce_weight: float | Tensor | None
+) -> tuple[float | Tensor, float | Tensor]:
+    """Return the weights of the divergence and of the cross-entropy, with the defaults of ``distillation_loss``."""
+    if labels is None:
+        if ce_weight is not None and (number := number_of(ce_weight)) != 0:
+            raise ValueError(f"ce_weight is {number!r}, but there are no labels; pass labels or leave it out")
+        return 1.0 if kd_weight is None else kd_weight, 0.0
+    if kd_weight is None and ce_weight is None:
+        return 0.9, 0.1
+    if kd_weight is None or ce_weight is None:
+        given = "ce_weight" if kd_weight is None else "kd_weight"
+        raise ValueError(f"{given} alone was given; with labels give both kd_weight and ce_weight, or neither")
+    return kd_weight, ce_weight
+
+
+def checked_constant(name: str, value: object, *, none: float, maximum: float = math.inf) -> float:
+    """Return a positive constant of a model as a number; ``none`` for None, and where it is the maximum."""
+    if value is None:
+        return none
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor; expected a number, such as float({name})")
+    check_number(name, value)
+    number = float(value)  # type: ignore[arg-type]
+    if number == maximum:
+        return none
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} is {number!r}; expected a positive, finite number")
+    return number
+
+
+def checked_budget(budget: int | None, input: Tensor) -> int:
+    """Return the budget in bytes, by default 256 MiB on a CPU and 1 GiB on another device."""
+    if budget is None:
+        return (256 if input.device.type == "cpu" else 1024) << 20
+    check_integer("memory_budget", budget, minimum=1)
+    return int(budget)
