@@ -7,6 +7,7 @@ the matrix products, and ``autograd.py`` the op. The loss of a chunk of logits i
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kdkernels.ops import _checks, _positions, _registry
@@ -15,7 +16,7 @@ from kdkernels.ops._types import Reduction
 from kdkernels.ops.linear_distillation import checks, reference
 from kdkernels.ops.linear_distillation.arguments import Arguments
 from kdkernels.ops.linear_distillation.autograd import FORWARD, wanted_in_forward
-from kdkernels.ops.linear_distillation.plan import needed_bytes
+from kdkernels.ops.linear_distillation.plan import check_budget
 
 __all__ = ["PASSES", "linear_distillation_loss"]
 
@@ -174,11 +175,8 @@ def linear_distillation_loss(
         ignore_index_in == "both", is_plain, checks.checked_budget(memory_budget, input),
     )  # fmt: skip
     backend = _registry.find(given.logits_op).choose(input.device)
-    if (needed := needed_bytes(given, backend)) > given.memory_budget:
-        raise ValueError(
-            f"memory_budget is {given.memory_budget} bytes; this call needs at least {needed}, for the logits of one "
-            f"row of {given.classes} classes"
-        )
+    if not torch.compiler.is_exporting():  # the number of rows may be dynamic; the op checks again
+        check_budget(given, backend)
     if _registry.checks_values(input.device):
         reference.check_values(given)
     return FORWARD.run(backend, *vars(given).values(), wanted_in_forward(given))[0]  # type: ignore[no-any-return]

@@ -135,6 +135,7 @@ def _run(
                 teacher.pull_back_cap(target, of_target)
             elif by_target is not None:
                 by_target.view(given.rows, given.classes)[rows[0] : rows[1]].copy_(of_target)
+            del of_block, of_target  # before those of the next block exist
         if of_student:
             student.add_gradients(begin, end, logits)
         if teacher is not None and of_teacher:

@@ -43,15 +43,20 @@ def _bytes(given: Arguments, backend: str) -> tuple[int, int, int, int]:
     return of_chunk, of_block, of_class, _BYTES_OF_ROW * given.rows + 2 * size * given.classes * len(layers)
 
 
-def needed_bytes(given: Arguments, backend: str) -> int:
-    """Return the smallest budget that serves a call: that of a single row."""
-    return sum(_bytes(given, backend))
+def check_budget(given: Arguments, backend: str) -> None:
+    """Raise unless the budget has room for a single row."""
+    if (needed := sum(_bytes(given, backend))) > given.memory_budget:
+        raise ValueError(
+            f"memory_budget is {given.memory_budget} bytes; this call needs at least {needed}, for the logits of one "
+            f"row of {given.classes} classes"
+        )
 
 
 def plan(given: Arguments, backend: str) -> Plan:
     """Divide the rows; the chunks are as large as the budget allows, and about equal."""
+    check_budget(given, backend)
     of_chunk, of_block, of_class, rest = _bytes(given, backend)
-    budget = max(given.memory_budget, of_chunk + of_block + of_class + rest) - rest
+    budget = given.memory_budget - rest
     rows = max(given.rows, 1)
     share = budget // (2 if backend == "reference" else 8)
     block = max(1, min(rows, share // of_block))
