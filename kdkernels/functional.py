@@ -28,6 +28,11 @@ from kdkernels.ops.softmax_divergence import (
     total_variation_distance_with_logits,
 )
 from kdkernels.ops.topk_divergence import TopKLoss, TopKTeacher, topk_kl_div_with_logits, topk_teacher
+from kdkernels.ops.split_vocabulary import (
+    split_vocabulary_loss,
+    split_vocabulary_mixture,
+    split_vocabulary_statistics,
+)
 from kdkernels.ops.total_variation import ImagePriorLosses, image_prior_losses, total_variation
 
 __all__ = [
@@ -58,6 +63,9 @@ __all__ = [
     "normalized_distillation_loss",
     "skew_kl_div_with_logits",
     "soft_cross_entropy",
+    "split_vocabulary_loss",
+    "split_vocabulary_mixture",
+    "split_vocabulary_statistics",
     "topk_kl_div_with_logits",
     "topk_teacher",
     "total_variation",
