@@ -19,15 +19,19 @@ __all__ = ["split_vocabulary_loss", "split_vocabulary_mixture", "split_vocabular
 
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
 _DIVERGENCES = ("forward_kl", "reverse_kl", "js")
+_TENSORS = 10
+_COUNT = 14
 _ARGUMENTS = (
-    "Tensor input, Tensor target, Tensor? index, Tensor totals, Tensor temperature, Tensor divergence_weight, "
-    "Tensor label_weight, Tensor beta, str divergence"
+    "Tensor input, Tensor target, Tensor? labels, Tensor? position_weight, Tensor statistics, Tensor? mixture, "
+    "Tensor temperature, Tensor divergence_weight, Tensor label_weight, Tensor beta, str divergence, int first_class, "
+    "int ignore_index, str reduction"
 )
 
 
-def _fake(input: Tensor, target: Tensor, index: Tensor | None, totals: Tensor, *_options: Any) -> Tensor:
-    torch._check(totals.dim() == input.dim(), lambda: "totals have the wrong number of dimensions")
-    return totals.new_empty(totals.shape[1:])
+def _fake(input: Tensor, target: Tensor, labels: Tensor | None, weight: Tensor | None, statistics: Tensor,
+          *options: Any) -> Tensor:  # fmt: skip
+    torch._check(statistics.dim() == input.dim() + 1, lambda: "statistics have the wrong number of dimensions")
+    return statistics.new_empty(input.shape[:-1] if options[-1] == "none" else ())
 
 
 def _backward_fake(grad_output: Tensor, input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -36,16 +40,16 @@ def _backward_fake(grad_output: Tensor, input: Tensor, target: Tensor, *options:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.divergence = inputs[8]
-    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:2]
     if grad_loss is None or not any(wanted):
-        return (None,) * 9
-    grads = _BACKWARD.run(ctx.backend, grad_loss, *ctx.saved_tensors, ctx.divergence, *wanted)
-    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7)
+        return (None,) * _COUNT
+    grads = _BACKWARD.run(ctx.backend, grad_loss, *ctx.saved_tensors, *ctx.options, *wanted)
+    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * (_COUNT - 2))
 
 
 def _refuse(*_arguments: Any) -> NoReturn:
@@ -55,7 +59,30 @@ def _refuse(*_arguments: Any) -> NoReturn:
     )
 
 
-_FORWARD = _registry.define(
+def _fake_statistics(input: Tensor, target: Tensor, *_options: Any) -> Tensor:
+    return input.new_empty((len(reference.ROWS), *input.shape[:-1]), dtype=compute_dtype(input, target))
+
+
+def _fake_mixture(input: Tensor, target: Tensor, statistics: Tensor, *_options: Any) -> Tensor:
+    return statistics.new_empty((2, *input.shape[:-1]))
+
+
+_STATISTICS = _registry.define(
+    "split_vocabulary_statistics",
+    "(Tensor input, Tensor target, Tensor? labels, Tensor temperature, str divergence, int first_class, "
+    "int ignore_index) -> Tensor",
+    reference=reference.statistics,
+    fake=_fake_statistics,
+    composed_of="softmax_divergence",
+)
+_MIXTURE = _registry.define(
+    "split_vocabulary_mixture",
+    "(Tensor input, Tensor target, Tensor statistics, Tensor temperature, Tensor beta) -> Tensor",
+    reference=reference.mixture,
+    fake=_fake_mixture,
+    composed_of="softmax_divergence",
+)
+_LOSS = _registry.define(
     "split_vocabulary_loss",
     f"({_ARGUMENTS}) -> Tensor",
     reference=reference.forward,
@@ -83,18 +110,16 @@ def _check_shards(input: Tensor, target: Tensor) -> None:
         raise ValueError(f"input has shape {tuple(input.shape)}; expected [..., classes of this rank], one or more")
 
 
-def _index(labels: Tensor | None, input: Tensor, first_class: int, ignore_index: int) -> Tensor | None:
-    """Return the place of each label in the shard; that of an ignored one is outside."""
+def _check_labels(labels: Tensor | None, input: Tensor, first_class: int) -> None:
+    _checks.check_integer("first_class", first_class, minimum=0)
     if labels is None:
-        return None
+        return
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be a tensor of class indices, torch.int64, got {got}")
     _checks.check_same_device("input", input, "labels", labels)
     if labels.shape != input.shape[:-1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(input.shape[:-1])}")
-    _checks.check_integer("first_class", first_class, minimum=0)
-    return torch.where(labels == ignore_index, -1, labels - first_class)
 
 
 def _scalars(input: Tensor, temperature: float | Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -158,11 +183,11 @@ def split_vocabulary_statistics(
     """
     _check_shards(input, target)
     _checks.check_choice("divergence", divergence, _DIVERGENCES)
+    _check_labels(labels, input, first_class)
     number, _ = _scalars(input, temperature, 0.5)
-    index = _index(labels, input, first_class, ignore_index)
     with torch.no_grad():
-        dtype = compute_dtype(input, target)
-        return reference.statistics(input.detach(), target.detach(), index, number, divergence, dtype)
+        sides = input.detach(), target.detach()
+        return _STATISTICS.run_on(input.device, *sides, labels, number, divergence, first_class, ignore_index)  # type: ignore[no-any-return]
 
 
 def split_vocabulary_mixture(
@@ -203,8 +228,8 @@ def split_vocabulary_mixture(
     _check_statistics(statistics, input)
     number, share = _scalars(input, temperature, beta)
     with torch.no_grad():
-        totals = reference.combined(statistics, number, "js")
-        return reference.mixture(input.detach(), target.detach(), totals, number, share)
+        sides = input.detach(), target.detach(), statistics.detach()
+        return _MIXTURE.run_on(input.device, *sides, number, share)  # type: ignore[no-any-return]
 
 
 def split_vocabulary_loss(
@@ -279,7 +304,7 @@ def split_vocabulary_loss(
     _check_statistics(statistics, input)
     _checks.check_choice("divergence", divergence, _DIVERGENCES)
     _checks.check_choice("reduction", reduction, _positions.REDUCTIONS)
-    index = _index(labels, input, first_class, ignore_index)
+    _check_labels(labels, input, first_class)
     if (mixture is None) == (divergence == "js"):
         raise ValueError(
             "divergence='js' needs mixture, the sum over the ranks of split_vocabulary_mixture"
@@ -296,21 +321,17 @@ def split_vocabulary_loss(
     number_t, share = _scalars(input, temperature, beta)
     of_divergence = _checks.scalar_tensor(_checks.check_scalar("kd_weight", kd_weight, input), input)
     of_labels = _checks.scalar_tensor(_checks.check_scalar("ce_weight", ce_weight, input), input)
-    statistics = _autograd.savable(statistics.detach())
-    totals = reference.combined(statistics, number_t, divergence)
     if mixture is not None:
         _checks.check_floating("mixture", mixture)
         if mixture.shape != (2, *input.shape[:-1]):
             raise ValueError(
                 f"mixture has shape {tuple(mixture.shape)}; expected {(2, *input.shape[:-1])}, its sum over the ranks"
             )
-        totals = torch.cat((totals, mixture.detach().to(totals)))
-    weight = _positions.checked_position_weight(position_weight, input, input.shape[:-1], totals.dtype)
-    weight = totals.new_ones(input.shape[:-1]) if weight is None else weight
-    reference.check_values(position_weight, labels, totals, ignore_index, weight)
-    if labels is not None:
-        weight = torch.where(labels == ignore_index, 0.0, weight)
-    scalars = (number_t, of_divergence * number_t * number_t, of_labels, share)
-    sides = _autograd.savable(input), _autograd.savable(target)
-    loss = _FORWARD.run_on(input.device, *sides, index, totals, *scalars, divergence)
-    return _positions.reduced(loss, weight, reduction, input.shape[0] if input.dim() > 1 else 1)
+        mixture = _autograd.savable(mixture.detach())
+    weight = _positions.checked_position_weight(position_weight, input, input.shape[:-1], statistics.dtype)
+    labels = None if labels is None else _autograd.savable(labels)
+    tensors = (_autograd.savable(input), _autograd.savable(target), labels, weight)
+    return _LOSS.run_on(  # type: ignore[no-any-return]
+        input.device, *tensors, _autograd.savable(statistics.detach()), mixture, number_t,
+        of_divergence * number_t * number_t, of_labels, share, divergence, first_class, ignore_index, reduction,
+    )  # fmt: skip

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _checks, _positions, _registry
+from kdkernels.ops import _positions, _registry
+from kdkernels.ops._numerics import compute_dtype
 
 # Rows of the statistics of a shard. Sums are relative to the maximum: the log-sum-exp of large logits would be coarse.
 ROWS = (
@@ -37,24 +38,30 @@ def _log_sum(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
     return torch.where(largest == -math.inf, 0.0, torch.cat(parts).view(largest.shape).log())
 
 
-def _divergence(input: Tensor, target: Tensor, temperature: Tensor, divergence: str) -> Tensor:
+def _divergence(backend: str, input: Tensor, target: Tensor, temperature: Tensor, divergence: str) -> Tensor:
     """Return the divergence of the distributions within a shard."""
-    op = _registry.find("softmax_divergence")
     one = torch.ones_like(temperature)
     options = (input.dim() - 1, divergence, "none", -100, "nothing")
     arguments = (input, target, None, temperature, one, 0 * one, 0.5 * one, *options)
-    return op.run_on(input.device, *arguments)[0]  # type: ignore[no-any-return]
+    return _registry.find("softmax_divergence").compute(backend, *arguments)[0]  # type: ignore[no-any-return]
+
+
+def index_of(labels: Tensor | None, first_class: int, ignore_index: int) -> Tensor | None:
+    """Return the place of each label in a shard; that of an ignored one is outside."""
+    return None if labels is None else torch.where(labels == ignore_index, -1, labels - first_class)
 
 
 def statistics(
-    input: Tensor, target: Tensor, index: Tensor | None, temperature: Tensor, divergence: str, dtype: torch.dtype
-) -> Tensor:
-    """Return the statistics of a shard; ``index`` is the label's place in it, or outside."""
+    backend: str, input: Tensor, target: Tensor, labels: Tensor | None, temperature: Tensor, divergence: str,
+    first_class: int, ignore_index: int,
+) -> Tensor:  # fmt: skip
+    """Return the statistics of a shard."""
+    dtype, index = compute_dtype(input, target), index_of(labels, first_class, ignore_index)
     of_input, of_target = (side.amax(-1).to(dtype) for side in (input, target))
     found, label_logit = torch.zeros_like(of_input), torch.full_like(of_input, -math.inf)
     hard = value = found
     if divergence != "js":
-        value = _divergence(input, target, temperature, divergence)
+        value = _divergence(backend, input, target, temperature, divergence)
         value = torch.where((of_input == -math.inf) | (of_target == -math.inf), 0.0, value)
     if index is not None:
         inside = (index >= 0) & (index < input.shape[-1])
@@ -93,15 +100,13 @@ def combined(every: Tensor, temperature: Tensor, divergence: str) -> Tensor:
     return torch.stack((max_input, max_target, whole_q, whole_p, hard, label_logit.amax(0), found.sum(0), total))
 
 
-def check_values(
-    position_weight: Tensor | None, labels: Tensor | None, totals: Tensor, ignore_index: int, weight: Tensor
-) -> None:
-    """Raise if a weight, or a label that lies in no shard, may be read here."""
-    if position_weight is not None and _checks.is_readable(weight):
-        _positions.check_weight_values("position_weight", weight)
-    if labels is None or not (_checks.is_readable(labels) or _registry.checks_values(labels.device)):
+def _check_labels(labels: Tensor, totals: Tensor, ignore_index: int, weight: Tensor | None) -> None:
+    """Raise if a label that may be read here lies in no shard."""
+    if not _registry.values_are_visible(labels):
         return
-    missing = (labels != ignore_index) & (totals[6] == 0) & (weight != 0)
+    missing = (labels != ignore_index) & (totals[6] == 0)
+    if weight is not None:
+        missing = missing & (weight != 0)
     if missing.any():
         first = int(missing.flatten().nonzero()[0])
         raise IndexError(
@@ -128,9 +133,11 @@ class _Chunk:
         return torch.where(difference > 0, from_q, from_p)
 
 
-def mixture(input: Tensor, target: Tensor, totals: Tensor, temperature: Tensor, beta: Tensor) -> Tensor:
+def mixture(
+    _backend: str, input: Tensor, target: Tensor, statistics: Tensor, temperature: Tensor, beta: Tensor
+) -> Tensor:
     """Return what a shard adds to KL(p || m) and KL(q || m) of each row."""
-    classes = input.shape[-1]
+    classes, totals = input.shape[-1], combined(statistics, temperature, "js")
     s, t, whole = input.reshape(-1, classes), target.reshape(-1, classes), totals.reshape(len(totals), -1)
     temperature, beta, size = temperature.to(whole), beta.to(whole), _rows(classes, whole.dtype)
     parts = []
@@ -162,39 +169,75 @@ def _gradients(
     return (1 - beta) * _slope(log_q, log_m, totals[9]), beta * _slope(log_p, log_m, totals[8])
 
 
+class _Problem:
+    """The prepared arguments of a call of the loss: totals, and what each row counts."""
+
+    def __init__(
+        self, labels: Tensor | None, position_weight: Tensor | None, statistics: Tensor, mixture: Tensor | None,
+        temperature: Tensor, divergence_weight: Tensor, label_weight: Tensor, beta: Tensor, divergence: str,
+        ignore_index: int, reduction: str, batch: int,
+    ) -> None:  # fmt: skip
+        self.totals = combined(statistics, temperature, divergence)
+        if mixture is not None:
+            self.totals = torch.cat((self.totals, mixture.to(self.totals)))
+        numbers = (temperature, divergence_weight, label_weight, beta)
+        self.temperature, self.divergence_weight, self.label_weight, self.beta = (n.to(statistics) for n in numbers)
+        self.weight = self.totals.new_ones(self.totals.shape[1:]) if position_weight is None else position_weight
+        if labels is not None:
+            self.weight = torch.where(labels == ignore_index, 0.0, self.weight)
+        self.divisor = _positions.divisor(reduction, self.weight, batch)
+
+
+def _batch(input: Tensor) -> int:
+    return input.shape[0] if input.dim() > 1 else 1
+
+
 def forward(
-    _backend: str, input: Tensor, target: Tensor, index: Tensor | None, totals: Tensor, temperature: Tensor,
-    divergence_weight: Tensor, label_weight: Tensor, beta: Tensor, divergence: str,
+    _backend: str, input: Tensor, target: Tensor, labels: Tensor | None, position_weight: Tensor | None,
+    statistics: Tensor, mixture: Tensor | None, temperature: Tensor, divergence_weight: Tensor, label_weight: Tensor,
+    beta: Tensor, divergence: str, first_class: int, ignore_index: int, reduction: str,
 ) -> Tensor:  # fmt: skip
-    """Return the loss of each row, which is known from the totals."""
-    value = totals[7] if divergence != "js" else beta.to(totals) * totals[8] + (1 - beta.to(totals)) * totals[9]
-    loss = torch.where(divergence_weight.to(totals) == 0, 0.0, divergence_weight.to(totals) * value)
-    if index is None:
-        return loss
-    found = totals[6] > 0
-    hard = torch.where(found, totals[4] - (torch.where(found, totals[5], 0.0) - totals[0]), math.nan)
-    return loss + torch.where(label_weight.to(totals) == 0, 0.0, label_weight.to(totals) * hard)
+    """Return the loss, which is known from the statistics."""
+    problem = _Problem(
+        labels, position_weight, statistics, mixture, temperature, divergence_weight, label_weight, beta, divergence,
+        ignore_index, reduction, _batch(input),
+    )  # fmt: skip
+    totals, share = problem.totals, problem.beta
+    _positions.check_weight_values("position_weight", position_weight)
+    value = totals[7] if divergence != "js" else share * totals[8] + (1 - share) * totals[9]
+    loss = torch.where(problem.divergence_weight == 0, 0.0, problem.divergence_weight * value)
+    if labels is not None:
+        _check_labels(labels, totals, ignore_index, position_weight)
+        found = totals[6] > 0
+        hard = torch.where(found, totals[4] - (torch.where(found, totals[5], 0.0) - totals[0]), math.nan)
+        loss = loss + torch.where(problem.label_weight == 0, 0.0, problem.label_weight * hard)
+    return _positions.reduced(loss, problem.weight, reduction, _batch(input))
 
 
 def backward(
-    _backend: str, grad_output: Tensor, input: Tensor, target: Tensor, index: Tensor | None, totals: Tensor, temperature: Tensor,
-    divergence_weight: Tensor, label_weight: Tensor, beta: Tensor, divergence: str, input_gradient: bool,
-    target_gradient: bool,
+    _backend: str, grad_output: Tensor, input: Tensor, target: Tensor, labels: Tensor | None,
+    position_weight: Tensor | None, statistics: Tensor, mixture: Tensor | None, temperature: Tensor,
+    divergence_weight: Tensor, label_weight: Tensor, beta: Tensor, divergence: str, first_class: int,
+    ignore_index: int, reduction: str, input_gradient: bool, target_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of the shard's logits, a chunk of rows at a time."""
+    problem = _Problem(
+        labels, position_weight, statistics, mixture, temperature, divergence_weight, label_weight, beta, divergence,
+        ignore_index, reduction, _batch(input),
+    )  # fmt: skip
     classes = input.shape[-1]
-    s, t, whole = input.reshape(-1, classes), target.reshape(-1, classes), totals.reshape(len(totals), -1)
-    scale = grad_output.reshape(-1, 1)
-    numbers = (n.to(whole) for n in (temperature, divergence_weight, label_weight, beta))
-    temperature, divergence_weight, label_weight, beta = numbers
+    s, t, whole = input.reshape(-1, classes), target.reshape(-1, classes), problem.totals.reshape(len(problem.totals), -1)
+    scale = (grad_output * problem.weight if reduction == "none" else grad_output * problem.weight / problem.divisor)
+    scale = scale.reshape(-1, 1)
+    index = index_of(labels, first_class, ignore_index)
     by_input = input.new_empty(input.shape if input_gradient else 0)
     by_target = target.new_empty(target.shape if target_gradient else 0)
     size = _rows(classes, whole.dtype)
     for begin in range(0, len(s), size):
         rows = slice(begin, begin + size)
-        chunk = _Chunk(s[rows], t[rows], whole[:, rows], temperature)
-        student, teacher = _gradients(chunk, whole[:, rows], divergence, beta)
-        factor = scale[rows] * divergence_weight / temperature
+        chunk = _Chunk(s[rows], t[rows], whole[:, rows], problem.temperature)
+        student, teacher = _gradients(chunk, whole[:, rows], divergence, problem.beta)
+        factor = scale[rows] * problem.divergence_weight / problem.temperature
         counts = scale[rows] != 0  # what a row of weight 0 holds must not matter, even if it is NaN
         if target_gradient:
             by_target.view(-1, classes)[rows] = torch.where(counts & (factor != 0), factor * teacher, 0.0)
@@ -206,6 +249,7 @@ def backward(
             hard = (chunk.logits - whole[4, rows].unsqueeze(-1)).exp()
             inside = (at >= 0) & (at < classes)
             hard.scatter_add_(1, torch.where(inside, at, 0), torch.where(inside, -1.0, 0.0).to(hard.dtype))
-            gradient = gradient + torch.where(label_weight != 0, scale[rows] * label_weight * hard, 0.0)
+            of_labels = scale[rows] * problem.label_weight * hard
+            gradient = gradient + torch.where(problem.label_weight != 0, of_labels, 0.0)
         by_input.view(-1, classes)[rows] = torch.where(counts, gradient, 0.0)
     return by_input, by_target
