@@ -152,7 +152,9 @@ def test_equals_the_loss_of_whole_logits(options, reduction, backend):
     y[0, 1], y[2, 2] = -100 if options.get("ignore_index") is None else 3, 3
     options = {**options, "reduction": reduction}
     budget = 12000 if backend == "native" else 60000
-    found = results_of(partial(linear_distillation_loss, memory_budget=budget, **options), (h, w, t, v, y), (0, 1, 2, 3))
+    found = results_of(
+        partial(linear_distillation_loss, memory_budget=budget, **options), (h, w, t, v, y), (0, 1, 2, 3)
+    )
     with kdkernels.set_backend("reference"):
         truth = results_of(partial(whole, **options), (h, w, t, v, y), (0, 1, 2, 3))
     for a, b in zip(found, truth, strict=True):

@@ -269,7 +269,11 @@ def arguments(**change):
         ({"first_class": 1.5}, TypeError, "first_class must be an integer"),
         ({"divergence": "js"}, ValueError, "divergence='js' needs mixture"),
         ({"mixture": torch.zeros(2, 4)}, ValueError, "mixture belongs to divergence='js'"),
-        ({"divergence": "js", "mixture": torch.zeros(3, 4)}, ValueError, r"mixture has shape \(3, 4\); expected \(2, 4\)"),
+        (
+            {"divergence": "js", "mixture": torch.zeros(3, 4)},
+            ValueError,
+            r"mixture has shape \(3, 4\); expected \(2, 4\)",
+        ),
         ({"beta": 0.0}, ValueError, "beta is 0.0; .*use divergence='forward_kl'"),
         ({"beta": 1}, ValueError, "use divergence='reverse_kl'"),
         ({"beta": 2.0}, ValueError, r"beta is 2.0; expected a number in \[0, 1\]"),

@@ -1,11 +1,11 @@
 """Distillation from the hidden states in front of the last linear layers, without whole logits.
 
-This file has the public function. ``chunks.py`` has the loop over chunks of rows, ``plan.py`` their sizes, ``layers.py``
-the matrix products, and ``autograd.py`` the op. The loss of a chunk of logits is that of the op that also serves
-``distillation_loss``, found in the registry.
+This file has the public function. ``chunks.py`` has the loop over chunks of rows, ``plan.py`` their sizes,
+``layers.py`` the matrix products, and ``autograd.py`` the op. The loss of a chunk of logits is that of the op that also
+serves ``distillation_loss``, found in the registry.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,8 +104,8 @@ def linear_distillation_loss(
 
     Returns:
         The loss in fp32, or fp64 if a tensor is fp64; 0 if no position counts. Gradients flow to the hidden states,
-        weights and biases of both sides. Logits and sums are in fp32 (fp64) in every dtype of the inputs; the gradient
-        of a weight in 16 bits is summed in fp32 over all rows, which takes twice its size in addition, and rounded once.
+        weights and biases of both sides. Logits and sums are in fp32 (fp64) in every dtype of the inputs. The gradient
+        of a weight in 16 bits is summed in fp32 over all rows and rounded once; the sum takes twice its size beside it.
         Under autocast, hidden states, weights and biases are rounded as ``F.linear`` rounds them. Second derivatives
         are right, but hold the logits whole. For special values see :func:`kl_div_with_logits`.
 
@@ -141,22 +141,19 @@ def linear_distillation_loss(
     ]
     if labels is None and (number := _checks.number_of(numbers[-1])) != 0:
         raise ValueError(f"label_smoothing is {number!r}, but there are no labels; pass labels or leave it out")
-    scale, cap = checks.checked_constant("logit_scale", logit_scale, none=1.0), checks.checked_constant(
-        "softcap", softcap, none=0.0
+    scale = checks.checked_scale("logit_scale", logit_scale)
+    target_scale = (
+        scale if target_logit_scale is None else checks.checked_scale("target_logit_scale", target_logit_scale)
     )
-    target_scale = checks.checked_constant("target_logit_scale", target_logit_scale, none=scale)
-    target_cap = cap if target_softcap is None else 0.0
-    if target_softcap is not None:
-        target_cap = checks.checked_constant("target_softcap", target_softcap, none=0.0)
+    cap = checks.checked_cap("softcap", softcap)
+    target_cap = cap if target_softcap is None else checks.checked_cap("target_softcap", target_softcap)
     class_weight = checks.checked_class_weight(class_weight, input, labels, linear_weight.shape[0])
     layers = [checks.autocast(tensor) for tensor in (input, linear_weight, linear_bias)]
+    teacher = [target, target_linear_weight, target_linear_bias]
     if target_linear_weight is not None:
-        target, target_linear_weight, target_linear_bias = (
-            checks.autocast(tensor) for tensor in (target, target_linear_weight, target_linear_bias)
-        )
-    floating = [*layers, target, target_linear_weight, target_linear_bias]
-    floating += [labels] if labels is not None and labels.is_floating_point() else []
-    dtype = compute_dtype(*(tensor for tensor in floating if tensor is not None))
+        teacher = [checks.autocast(tensor) for tensor in teacher]
+    soft = [labels] if labels is not None and labels.is_floating_point() else []
+    dtype = compute_dtype(*(tensor for tensor in (*layers, *teacher, *soft) if tensor is not None))
     weight = _positions.checked_position_weight(position_weight, input, input.shape[:-1], dtype)
     is_plain = (
         weight is None
@@ -165,18 +162,17 @@ def linear_distillation_loss(
         and label_smoothing == 0
         and target_type == "logits"
         and ignore_index_in == "both"
-        and not (labels is not None and labels.is_floating_point())
+        and not soft
     )
-    given = Arguments(
-        *layers, target, target_linear_weight, target_linear_bias, labels, weight,  # type: ignore[arg-type]
-        None if class_weight is None else class_weight.to(dtype),
-        *(_checks.scalar_tensor(number, input) for number in numbers),
-        scale, cap, target_scale, target_cap, divergence, target_type, reduction, ignore_index,
-        ignore_index_in == "both", is_plain, checks.checked_budget(memory_budget, input),
-    )  # fmt: skip
+    class_weight = None if class_weight is None else class_weight.to(dtype)
+    scalars = (_checks.scalar_tensor(number, input) for number in numbers)
+    options = (scale, cap, target_scale, target_cap, divergence, target_type, reduction, ignore_index)
+    more = (ignore_index_in == "both", is_plain, checks.checked_budget(memory_budget, input))
+    arguments: list[Any] = [*layers, *teacher, labels, weight, class_weight, *scalars, *options, *more]
+    given = Arguments(*arguments)
     backend = _registry.find(given.logits_op).choose(input.device)
     if not torch.compiler.is_exporting():  # the number of rows may be dynamic; the op checks again
         check_budget(given, backend)
     if _registry.checks_values(input.device):
         reference.check_values(given)
-    return FORWARD.run(backend, *vars(given).values(), wanted_in_forward(given))[0]  # type: ignore[no-any-return]
+    return FORWARD.run(backend, *arguments, wanted_in_forward(given))[0]  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ def _check_shapes(given: Arguments) -> None:
         for a, b in zip(given.positions, given.target.shape[:-1], strict=True):
             torch._check(a == b, lambda: "input and target have different positions")
     for name, tensor in (("labels", given.labels), ("position_weight", given.position_weight)):
-        if tensor is None or tensor is given.labels and given.soft_labels:
+        if tensor is None or (tensor is given.labels and given.soft_labels):
             continue
         torch._check(tensor.dim() == len(given.positions), lambda name=name: f"{name} has the wrong shape")
         for a, b in zip(given.positions, tensor.shape, strict=True):

@@ -71,7 +71,9 @@ def eager(
     loss = weight * loss
     if reduction == "none":
         return loss
-    return loss.sum() / {"mean": weight.sum(), "sum": 1, "batchmean": input.shape[0]}[reduction]
+    if reduction == "mean":
+        return loss.sum() / weight.sum()
+    return loss.sum() / (input.shape[0] if reduction == "batchmean" else 1)
 
 
 def ours(
@@ -131,8 +133,8 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         for kind in ("forward_kl", "reverse_kl", "js"):
             yield _case(f"{kind}, {classes} classes", samples, student, divergence=kind, kd_weight=0.5, ce_weight=0.5,
                         memory_budget=budget(classes, 3))  # fmt: skip
-    shape = (2, 9, 20)
-    every = [(*sides(shape, 60), labels(shape, 60), normal((60,)), normal((60,))) for _ in range(2)]
+    maps = (2, 9, 20)
+    every = [(*sides(maps, 60), labels(maps, 60), normal((60,)), normal((60,))) for _ in range(2)]
     for reduction in ("none", "sum", "batchmean"):
         yield _case(f"biases, {reduction}", tuple(every), (0, 1, 2, 3, 5, 6), reduction=reduction, kd_weight=0.9,
                     ce_weight=0.1, temperature=2.0, memory_budget=budget(60, 2))  # fmt: skip
@@ -153,7 +155,9 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
 
 def _workload_options(variant: str) -> dict[str, Any]:
-    weights = {"kd_weight": 0.0, "ce_weight": 1.0} if variant == "cross-entropy" else {"kd_weight": 0.9, "ce_weight": 0.1}
+    weights = (
+        {"kd_weight": 0.0, "ce_weight": 1.0} if variant == "cross-entropy" else {"kd_weight": 0.9, "ce_weight": 0.1}
+    )
     return {"temperature": 2.0, **weights}
 
 
@@ -202,8 +206,8 @@ def calls() -> list[Call]:
     biases = torch.randn(6, dtype=f64), torch.randn(6, dtype=f64)
     maps = torch.randn(2, 3, 3, dtype=f64), torch.randn(2, 3, 4, dtype=f64)
     few = 6 * 8 * 60 + 1000  # bytes for about two rows
-    capped = {"softcap": 2.0, "logit_scale": 1.5, "memory_budget": few}
-    no_teacher = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.1}
+    capped: dict[str, Any] = {"softcap": 2.0, "logit_scale": 1.5, "memory_budget": few}
+    no_teacher: dict[str, Any] = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": 0.1}
     return [
         Call("labels", partial(ours, memory_budget=few), (h, w, t, v, labels), (0, 1)),
         Call("every gradient", partial(ours, **capped), (h, w, t, v, labels, *biases), (0, 1, 2, 3, 5, 6)),

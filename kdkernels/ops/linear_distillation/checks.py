@@ -65,8 +65,8 @@ def check_sides(
             raise ValueError("target_linear_weight was given without target; pass the teacher's hidden states")
         if (number := number_of(kd_weight)) != 0:
             raise ValueError(
-                f"target is None, but kd_weight is {'its default' if number is None else repr(number)}; pass a teacher, "
-                "or kd_weight=0 for the cross-entropy alone"
+                f"target is None, but kd_weight is {'its default' if number is None else repr(number)}; pass a "
+                "teacher, or kd_weight=0 for the cross-entropy alone"
             )
         return
     check_floating("target", target)
@@ -82,8 +82,8 @@ def check_sides(
         if target.shape[-1] != classes:
             raise ValueError(
                 f"target has {target.shape[-1]} classes and linear_weight {classes}: without target_linear_weight, "
-                "target holds logits or probabilities of the same classes; pass target_linear_weight if it holds hidden "
-                f"states{_slices(target.shape[-1], classes, 'target[..., ', 'linear_weight[')}"
+                "target holds logits or probabilities of the same classes; pass target_linear_weight if it holds "
+                f"hidden states{_slices(target.shape[-1], classes, 'target[..., ', 'linear_weight[')}"
             )
         return
     if target_type != "logits":
@@ -160,16 +160,19 @@ def checked_weights(
     return kd_weight, ce_weight
 
 
-def checked_constant(name: str, value: object, *, none: float, maximum: float = math.inf) -> float:
-    """Return a positive constant of a model as a number; ``none`` for None, and where it is the maximum."""
-    if value is None:
-        return none
+def checked_cap(name: str, value: object) -> float:
+    """Return the bound of the logits as a number, 0 for none: None or infinity."""
+    if value is None or (isinstance(value, float) and value == math.inf):
+        return 0.0
+    return checked_scale(name, value)
+
+
+def checked_scale(name: str, value: object) -> float:
+    """Return a positive constant of a model as a number, or raise."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor; expected a number, such as float({name})")
     check_number(name, value)
     number = float(value)  # type: ignore[arg-type]
-    if number == maximum:
-        return none
     if not 0 < number < math.inf:
         raise ValueError(f"{name} is {number!r}; expected a positive, finite number")
     return number

@@ -1,7 +1,7 @@
 """The loss and its gradients, a chunk of rows at a time: four matrix products, and the logits never exist whole.
 
-The products of a chunk take many rows, which they need to be fast. The loss of its logits is computed in blocks of a few
-rows, each of whose gradients overwrites the logits while they are in a cache.
+The products of a chunk take many rows, which they need to be fast. The loss of its logits is computed in blocks of a
+few rows, each of whose gradients overwrites the logits while they are in a cache.
 """
 
 from typing import Any
@@ -78,9 +78,7 @@ class _LossOfLogits:
         return loss, of_input, of_teacher
 
 
-def _layers(
-    backend: str, given: Arguments, wanted: list[int], counted: Tensor | None
-) -> tuple[Layer, Layer | None]:
+def _layers(backend: str, given: Arguments, wanted: list[int], counted: Tensor | None) -> tuple[Layer, Layer | None]:
     sizes = plan(given, backend)
     shared = (given.dtype, counted, sizes)
     student = Layer(

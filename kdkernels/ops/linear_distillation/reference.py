@@ -44,21 +44,17 @@ def divisors(given: Arguments) -> tuple[Tensor | float, Tensor | float]:
         divisor = float(max(given.input.shape[0], 1)) if given.reduction == "batchmean" and given.positions else 1.0
         return divisor, divisor
     weight = None if given.position_weight is None else given.position_weight.flatten()
+    of_all: Tensor | float = float(max(rows, 1)) if weight is None else _positions.divisor("mean", weight, rows)
     if given.labels is None or given.soft_labels:
-        both = float(max(rows, 1)) if weight is None else _positions.divisor("mean", weight, rows)
-        return both, both
+        return of_all, of_all
     labels = given.labels.flatten()
     kept = labels != given.ignore_index
     weight = kept.to(given.dtype) if weight is None else torch.where(kept, weight, 0.0)
-    of_divergence = _positions.divisor("mean", weight, rows)
-    of_labels = of_divergence
+    of_divergence = of_labels = _positions.divisor("mean", weight, rows)
     if given.class_weight is not None:
         in_range = torch.where((labels >= 0) & (labels < given.classes), labels, 0)
         of_labels = _positions.divisor("mean", weight * given.class_weight[in_range], rows)
-    if not given.ignored_by_divergence:
-        weight = given.position_weight
-        of_divergence = float(max(rows, 1)) if weight is None else _positions.divisor("mean", weight.flatten(), rows)
-    return of_divergence, of_labels
+    return of_divergence if given.ignored_by_divergence else of_all, of_labels
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:

@@ -54,8 +54,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _refuse(*_arguments: Any) -> NoReturn:
     raise NotImplementedError(
-        "split_vocabulary_loss has no second derivative: it would need the shards of the other ranks; gather the logits "
-        "and call distillation_loss"
+        "split_vocabulary_loss has no second derivative: it would need the shards of the other ranks; gather the "
+        "logits and call distillation_loss"
     )
 
 
@@ -154,12 +154,11 @@ def split_vocabulary_statistics(
     r"""Statistics of one rank's shard of the logits, for :func:`split_vocabulary_loss`.
 
     For each position they are the maximum and the logarithm of the sum of exponentials of both sides' shards at the
-    temperature, that of the student's at temperature 1, the logit of the label and whether it lies in the shard, and the
-    divergence within the shard. The
-    divergence of whole rows follows from the chain rule
+    temperature, that of the student's at temperature 1, the logit of the label and whether it lies in the shard, and
+    the divergence within the shard. The divergence of whole rows follows from the chain rule
     :math:`\mathrm{KL}(p\,\|\,q) = \mathrm{KL}(P\,\|\,Q) + \sum_k P_k\,\mathrm{KL}(p^k\,\|\,q^k)`, with the masses P
-    and Q of the shards and the distributions p^k and q^k within them. Source: Cover and Thomas, "Elements of Information
-    Theory", section 2.5.
+    and Q of the shards and the distributions p^k and q^k within them. Source: Cover and Thomas, "Elements of
+    Information Theory", section 2.5.
 
     Args:
         input: This rank's classes of the student's logits, [..., V / ranks]; fp16, bf16, fp32 or fp64.
@@ -251,9 +250,9 @@ def split_vocabulary_loss(
 ) -> Tensor:
     r""":func:`distillation_loss` of logits whose classes are split over ranks.
 
-    Every rank calls it with its shard and the statistics of all ranks, and gets the loss of the whole rows. The gradient
-    is that of the rank's own shard; nothing else needs to be communicated. Each rank calls ``backward`` on its own loss:
-    do not sum the losses, and do not divide by the number of ranks. A trainer with a process group::
+    Every rank calls it with its shard and the statistics of all ranks, and gets the loss of the whole rows. The
+    gradient is that of the rank's own shard; nothing else needs to be communicated. Each rank calls ``backward`` on its
+    own loss: do not sum the losses, and do not divide by the number of ranks. A trainer with a process group::
 
         own = split_vocabulary_statistics(student, teacher, labels, temperature=T, first_class=rank * size)
         every = own.new_empty(ranks, *own.shape)

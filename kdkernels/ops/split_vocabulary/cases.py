@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,9 +32,7 @@ def losses_of_ranks(
 ) -> list[Tensor]:
     """Return the loss of each rank; all are equal, and each has the gradient of the rank's shard."""
     ends = [k * input.shape[-1] // ranks for k in range(ranks + 1)]
-    shards = [
-        (a, input.narrow(-1, a, b - a), target.narrow(-1, a, b - a)) for a, b in zip(ends, ends[1:], strict=False)
-    ]
+    shards = [(a, input.narrow(-1, a, b - a), target.narrow(-1, a, b - a)) for a, b in pairwise(ends)]
     shared: dict[str, Any] = {"temperature": temperature, "divergence": divergence, "ignore_index": ignore_index}
     every = torch.stack(
         [split_vocabulary_statistics(s, t, labels, first_class=first, **shared) for first, s, t in shards]

@@ -156,9 +156,7 @@ def _slope(log_probability: Tensor, log_other: Tensor, mean: Tensor) -> Tensor:
     return torch.where(bounded, probability * (ratio - torch.where(bounded, mean.unsqueeze(-1), 0.0)), 0.0)
 
 
-def _gradients(
-    chunk: _Chunk, totals: Tensor, divergence: str, beta: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gradients(chunk: _Chunk, totals: Tensor, divergence: str, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Return T times the gradients of the divergence by both sides' logits."""
     log_q, log_p = chunk.log_q, chunk.log_p
     if divergence == "forward_kl":
@@ -226,8 +224,12 @@ def backward(
         ignore_index, reduction, _batch(input),
     )  # fmt: skip
     classes = input.shape[-1]
-    s, t, whole = input.reshape(-1, classes), target.reshape(-1, classes), problem.totals.reshape(len(problem.totals), -1)
-    scale = (grad_output * problem.weight if reduction == "none" else grad_output * problem.weight / problem.divisor)
+    s, t, whole = (
+        input.reshape(-1, classes),
+        target.reshape(-1, classes),
+        problem.totals.reshape(len(problem.totals), -1),
+    )
+    scale = grad_output * problem.weight if reduction == "none" else grad_output * problem.weight / problem.divisor
     scale = scale.reshape(-1, 1)
     index = index_of(labels, first_class, ignore_index)
     by_input = input.new_empty(input.shape if input_gradient else 0)
