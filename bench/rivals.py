@@ -6,6 +6,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,8 +21,9 @@ def rivals_of(workload: Workload, device: str) -> tuple[dict[str, Function], dic
     """Return equivalent functions on the same tensors, by package, and why others are missing."""
     functions: dict[str, Function] = {}
     missing: dict[str, str] = {}
+    kind = ", ".join(filter(None, (workload.function, workload.variant)))
     for (rival, function), make in MAKERS.items():
-        if function != workload.function or workload.variant:
+        if function != kind:
             continue
         if rival == "liger" and device == "cpu":
             missing[rival] = "needs a GPU"
@@ -86,9 +88,16 @@ def _piq_variation() -> Function:
     return partial(importlib.import_module("piq").total_variation, reduction="sum", norm_type="l1")
 
 
+def _linear_cross_entropy() -> Function:
+    """Return the function of PyTorch 2.13 that computes chunks, without which it holds whole logits."""
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
+
+# By rival and function, with the variant if that is another function
 MAKERS: dict[tuple[str, str], Callable[[], Function]] = {
     ("liger", "kl_div_with_logits"): partial(_liger, "kl_div", "LigerKLDIVLoss", "kl", reduction="batchmean"),
     ("liger", "js_div_with_logits"): partial(_liger, "jsd", "LigerJSD", "js", beta=0.5),
+    ("F.linear_cross_entropy", "linear_distillation_loss, cross-entropy"): _linear_cross_entropy,
     ("torchmetrics", "kl_div_with_logits"): _torchmetrics_kl,
     ("torchmetrics", "total_variation"): _torchmetrics_variation,
     ("kornia", "total_variation"): _kornia_variation,

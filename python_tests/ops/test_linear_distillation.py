@@ -14,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdkernels
+from bench.rivals import rivals_of
 from kdkernels.functional import distillation_loss, linear_distillation_loss
+from kdkernels.ops._cases import workload
 from kdkernels.ops.linear_distillation.cases import eager, ours
+from kdkernels.testing.comparison import enter
 from kdkernels.testing.selftest import accuracy_of, results_of
 
 F64 = torch.float64
@@ -261,3 +264,13 @@ def test_module_finds_the_backend_of_the_logits(backend):
     with Recorder():
         linear_distillation_loss(h, w, h, w)
     assert f"kdkernels.linear_distillation.{backend}" in used
+
+
+@of_cpu
+def test_the_chunked_function_of_torch_is_a_rival():
+    """Its results are right, so that the benchmark times it."""
+    row = workload("linear_distillation_loss", (96, 3000), torch.float32, "cross-entropy")
+    rivals, missing = rivals_of(row, "cpu")
+    assert not missing
+    contest = enter(row, "cpu", {"kdkernels": "auto"}, rivals, {})
+    assert set(contest.passes) == {"kdkernels", "eager", "F.linear_cross_entropy"}
