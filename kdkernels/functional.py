@@ -27,12 +27,12 @@ from kdkernels.ops.softmax_divergence import (
     soft_cross_entropy,
     total_variation_distance_with_logits,
 )
-from kdkernels.ops.topk_divergence import TopKLoss, TopKTeacher, topk_kl_div_with_logits, topk_teacher
 from kdkernels.ops.split_vocabulary import (
     split_vocabulary_loss,
     split_vocabulary_mixture,
     split_vocabulary_statistics,
 )
+from kdkernels.ops.topk_divergence import TopKLoss, TopKTeacher, topk_kl_div_with_logits, topk_teacher
 from kdkernels.ops.total_variation import ImagePriorLosses, image_prior_losses, total_variation
 
 __all__ = [

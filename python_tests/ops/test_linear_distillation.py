@@ -43,8 +43,8 @@ class TestLinearDistillation(OpContract):
             labels = torch.zeros(shape, dtype=torch.int64) if i % 2 else None
             reduction = ("sum", "none", "mean")[i % 3]
             numbers = (2.0, 0.5, 0.25, 0.5, 0.0)
-            options = (1.5, 3.0, 1.0, 0.0, "js", "logits", reduction, -100, True, i % 4 < 2, 1 << 20)
-            common = (*tensors, labels, None, None, *map(scalar, numbers), *options)
+            options = (1.5, 3.0, 1.0, 0.0, "js", "logits", "bucket", reduction, -100, True, i % 4 < 2, 1 << 20)
+            common = (*tensors, labels, None, None, None, *map(scalar, numbers), *options)
             wanted = list(range(6)) if grad and reduction != "none" else []
             yield "linear_distillation", (*common, wanted)
             grad_output = torch.randn(shape if reduction == "none" else (), dtype=torch.float64 if dtype == F64 else

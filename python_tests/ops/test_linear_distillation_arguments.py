@@ -100,3 +100,12 @@ def test_a_requested_backend_that_is_missing_raises():
     h, w, t, v = sides(5)
     with kdkernels.set_backend("triton"), pytest.raises(RuntimeError, match="'triton' was requested"):
         linear_distillation_loss(h, w, t, v)
+
+
+def test_a_refused_position_of_a_later_block_is_told_with_its_place():
+    h, w, *_ = sides(5)
+    target = torch.softmax(torch.randn(5, 50, dtype=torch.float64), -1)
+    target[4] *= 2
+    options = {"target_type": "probs", "divergence": "reverse_kl", "memory_budget": 5000}
+    with pytest.raises(ValueError, match=r"at position 0 .* sum to 2.*; positions are counted from 4"):
+        linear_distillation_loss(h, w, target, **options)

@@ -45,6 +45,20 @@ def test_saved_gradients_are_not_those_of_a_user():
     assert torch.equal(first, copy)
 
 
+def test_batch_of_incoming_gradients():
+    h, w, t, v = sides(5)
+    incoming = torch.randn(3, dtype=F64)
+    loss = linear_distillation_loss(h, w, t, v)
+    (found,) = torch.autograd.grad(loss, h, incoming, retain_graph=True, is_grads_batched=True)
+    (one,) = torch.autograd.grad(loss, h)
+    torch.testing.assert_close(found, incoming[:, None, None] * one)
+
+
+def test_meta_tensors():
+    given = [x.detach().to("meta") for x in sides(5)]
+    assert linear_distillation_loss(*given, reduction="none").shape == (5,)
+
+
 def test_second_derivative():
     h, w, t, v = sides(5, classes=7)
 

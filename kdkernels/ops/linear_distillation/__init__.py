@@ -34,6 +34,7 @@ def linear_distillation_loss(
     *,
     linear_bias: Tensor | None = None,
     target_linear_bias: Tensor | None = None,
+    target_indices: Tensor | None = None,
     temperature: float | Tensor = 4.0,
     kd_weight: float | Tensor | None = None,
     ce_weight: float | Tensor | None = None,
@@ -44,6 +45,7 @@ def linear_distillation_loss(
     target_logit_scale: float | None = None,
     target_softcap: float | None = None,
     target_type: Literal["logits", "log_probs", "probs"] = "logits",
+    tail: Literal["bucket", "renormalize", "ignore"] = "bucket",
     label_smoothing: float | Tensor = 0.0,
     class_weight: Tensor | None = None,
     position_weight: Tensor | None = None,
@@ -77,6 +79,8 @@ def linear_distillation_loss(
         linear_bias: Bias of the student's layer, [V]. A bias of -inf removes a class, such as padding of the
             vocabulary; give it to both sides.
         target_linear_bias: Bias of the teacher's layer, [V].
+        target_indices: Classes that ``target`` has the log-probabilities of, [..., K], as :func:`topk_teacher` returns
+            them; with ``target_type="log_probs"``. The divergence is that of :func:`topk_kl_div_with_logits`.
         temperature: T > 0, a number or a 0-dim tensor without gradient.
         kd_weight: Weight of the divergence; default 0.9 with labels, 1 without.
         ce_weight: Weight of the cross-entropy; default 0.1 with labels. With labels, give both weights or neither.
@@ -90,6 +94,7 @@ def linear_distillation_loss(
         target_softcap: Bound of the teacher's logits; None for that of the student, ``math.inf`` for none.
         target_type: What a ``target`` without a linear layer holds: ``"logits"``, ``"log_probs"`` or ``"probs"``, which
             the temperature does not divide.
+        tail: What the other classes count as, with ``target_indices``: ``"bucket"``, ``"renormalize"`` or ``"ignore"``.
         label_smoothing: Share in [0, 1] of the uniform distribution in the labels.
         class_weight: Weight of each class in the cross-entropy, [V], as in :func:`distillation_loss`.
         position_weight: Weight of each position in both terms, boolean (a mask) or floating-point, [...]. A position of
@@ -124,10 +129,12 @@ def linear_distillation_loss(
 
     """
     checks.check_sides(
-        input, linear_weight, linear_bias, target, target_linear_weight, target_linear_bias, target_type, kd_weight
-    )
+        input, linear_weight, linear_bias, target, target_linear_weight, target_linear_bias, target_indices,
+        target_type, kd_weight,
+    )  # fmt: skip
     _checks.check_choice("reduction", reduction, _positions.REDUCTIONS)
     _checks.check_choice("divergence", divergence, ("forward_kl", "reverse_kl", "js"))
+    indices = checks.checked_indices(target_indices, target, target_linear_weight, target_type, divergence, tail)
     _checks.check_choice("ignore_index_in", ignore_index_in, ("both", "cross_entropy"))
     labels = checks.checked_labels(labels, input, linear_weight.shape[0])
     kd_weight, ce_weight = checks.checked_weights(labels, kd_weight, ce_weight)
@@ -166,9 +173,9 @@ def linear_distillation_loss(
     )
     class_weight = None if class_weight is None else class_weight.to(dtype)
     scalars = (_checks.scalar_tensor(number, input) for number in numbers)
-    options = (scale, cap, target_scale, target_cap, divergence, target_type, reduction, ignore_index)
+    options = (scale, cap, target_scale, target_cap, divergence, target_type, tail, reduction, ignore_index)
     more = (ignore_index_in == "both", is_plain, checks.checked_budget(memory_budget, input))
-    arguments: list[Any] = [*layers, *teacher, labels, weight, class_weight, *scalars, *options, *more]
+    arguments: list[Any] = [*layers, *teacher, labels, weight, class_weight, indices, *scalars, *options, *more]
     given = Arguments(*arguments)
     backend = _registry.find(given.logits_op).choose(input.device)
     if not torch.compiler.is_exporting():  # the number of rows may be dynamic; the op checks again

@@ -22,6 +22,7 @@ class Arguments:
     labels: Tensor | None
     position_weight: Tensor | None
     class_weight: Tensor | None
+    target_indices: Tensor | None
     temperature: Tensor
     divergence_weight: Tensor
     label_weight: Tensor
@@ -33,6 +34,7 @@ class Arguments:
     target_softcap: float
     divergence: str
     target_type: str
+    tail: str
     reduction: str
     ignore_index: int
     ignored_by_divergence: bool
@@ -86,12 +88,13 @@ class Arguments:
 
 
 COUNT = len(fields(Arguments))
-TENSORS = 14
+TENSORS = 15
 DIFFERENTIABLE = 6
 SIGNATURE = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, Tensor? target_linear_weight, "
-    "Tensor? target_linear_bias, Tensor? labels, Tensor? position_weight, Tensor? class_weight, Tensor temperature, "
-    "Tensor divergence_weight, Tensor label_weight, Tensor beta, Tensor label_smoothing, float logit_scale, "
-    "float softcap, float target_logit_scale, float target_softcap, str divergence, str target_type, str reduction, "
-    "int ignore_index, bool ignored_by_divergence, bool is_plain, int memory_budget"
+    "Tensor? target_linear_bias, Tensor? labels, Tensor? position_weight, Tensor? class_weight, "
+    "Tensor? target_indices, Tensor temperature, Tensor divergence_weight, Tensor label_weight, Tensor beta, "
+    "Tensor label_smoothing, float logit_scale, float softcap, float target_logit_scale, float target_softcap, "
+    "str divergence, str target_type, str tail, str reduction, int ignore_index, bool ignored_by_divergence, "
+    "bool is_plain, int memory_budget"
 )

@@ -77,7 +77,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _scaled(gradient: Tensor, like: Tensor, factor: Tensor) -> Tensor:
     """Multiply a gradient that nothing else uses, in place where that is possible."""
-    if _tracing.is_transformed() or not _tracing.has_values():
+    batched = torch._C._functorch.is_legacy_batchedtensor(factor)  # is_grads_batched, which is no transform
+    if batched or _tracing.is_transformed() or not _tracing.has_values():
         return (gradient * factor).to(like.dtype)
     return gradient.mul_(factor).to(like.dtype)
 

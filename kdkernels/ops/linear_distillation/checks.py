@@ -23,7 +23,9 @@ def autocast(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or not isinstance(tensor, Tensor):
         return tensor
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point() or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point() or not torch.amp.is_autocast_available(device):
+        return tensor
+    if not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
@@ -49,7 +51,8 @@ def _check_layer(hidden_name: str, hidden: Tensor, prefix: str, weight: Tensor, 
 
 def check_sides(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor | None,
-    target_linear_weight: Tensor | None, target_linear_bias: Tensor | None, target_type: str, kd_weight: Any,
+    target_linear_weight: Tensor | None, target_linear_bias: Tensor | None, target_indices: Tensor | None,
+    target_type: str, kd_weight: Any,
 ) -> None:  # fmt: skip
     """Check hidden states and linear layers of both sides."""
     check_floating("input", input)
@@ -79,6 +82,8 @@ def check_sides(
     if target_linear_weight is None:
         if target_linear_bias is not None:
             raise ValueError("target_linear_bias was given without target_linear_weight")
+        if target_indices is not None:
+            return
         if target.shape[-1] != classes:
             raise ValueError(
                 f"target has {target.shape[-1]} classes and linear_weight {classes}: without target_linear_weight, "
@@ -96,6 +101,33 @@ def check_sides(
             f"linear_weight has {classes} classes and target_linear_weight {target_linear_weight.shape[0]}; they must "
             f"be the same{_slices(target_linear_weight.shape[0], classes, 'target_linear_weight[', 'linear_weight[')}"
         )
+
+
+def checked_indices(
+    indices: Tensor | None, target: Tensor | None, target_linear_weight: Tensor | None, target_type: str,
+    divergence: str, tail: str,
+) -> Tensor | None:  # fmt: skip
+    """Return the classes of a teacher of whom only some are known, or raise."""
+    check_choice("tail", tail, ("bucket", "renormalize", "ignore"))
+    if indices is None:
+        return None
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"target_indices must be a tensor of class indices, torch.int64 or torch.int32, got {got}")
+    if target is None or indices.shape != target.shape:
+        shape = None if target is None else tuple(target.shape)
+        raise ValueError(f"target_indices has shape {tuple(indices.shape)}; expected that of target, {shape}")
+    check_same_device("target", target, "target_indices", indices)
+    if target_linear_weight is not None:
+        raise ValueError("target_indices makes target the values of these classes; leave target_linear_weight out")
+    if target_type != "log_probs":
+        raise ValueError(
+            f"target_type is {target_type!r}; with target_indices, target holds log-probabilities at the temperature, "
+            "as topk_teacher returns them: pass target_type='log_probs'"
+        )
+    if divergence == "js":
+        raise ValueError("divergence is 'js'; with target_indices, accepted are 'forward_kl', 'reverse_kl'")
+    return indices.long()
 
 
 def _slices(of_target: int, of_input: int, target: str, input: str) -> str:

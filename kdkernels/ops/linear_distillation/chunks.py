@@ -4,78 +4,18 @@ The products of a chunk take many rows, which they need to be fast. The loss of 
 few rows, each of whose gradients overwrites the logits while they are in a cache.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _loader, _registry
 from kdkernels.ops.linear_distillation import reference
 from kdkernels.ops.linear_distillation.arguments import DIFFERENTIABLE, Arguments
 from kdkernels.ops.linear_distillation.layers import Layer, Rows
+from kdkernels.ops.linear_distillation.losses import LossOfLogits, LossOfTopClasses
 from kdkernels.ops.linear_distillation.plan import parts, plan
-
-
-class _LossOfLogits:
-    """The loss of blocks of logits, by the op that serves the options of the call."""
-
-    def __init__(self, given: Arguments, backend: str) -> None:
-        self.given, self.backend = given, backend
-        self.forward = _registry.find(given.logits_op)
-        self.backward = _registry.find(f"{given.logits_op}_backward")
-        self.is_reduced = given.reduction != "none"
-        self.options = given.logits_options("sum" if self.is_reduced else "none")
-        self.labels = None
-        if given.labels is not None:
-            self.labels = Rows(given.labels if given.soft_labels else given.labels.unsqueeze(-1))
-        self.weight = None if given.position_weight is None else given.position_weight.flatten()
-        of_divergence, of_labels = reference.divisors(given)
-        # In fp64, so that a weight given in fp32 loses nothing
-        exact = torch.float32 if given.input.device.type == "mps" else torch.float64
-        weights = (
-            given.divergence_weight.to(exact) / of_divergence,
-            given.label_weight.to(exact) / of_labels,
-        )
-        self.scalars = (given.temperature, *weights, given.beta)
-        native = _loader.native_kernels(given.input.device.type)
-        self.statistics = given.is_plain and (backend == "triton" or (backend == "native" and native == "cuda"))
-
-    def _arguments(self, logits: Tensor, target: Tensor, begin: int, end: int) -> tuple[Any, ...]:
-        labels = None if self.labels is None else self.labels(begin, end)
-        if labels is not None and not self.given.soft_labels:
-            labels = labels.flatten()
-        if self.given.is_plain:
-            return (logits, target, labels, *self.scalars, *self.options)
-        weights = (None if self.weight is None else self.weight[begin:end], self.given.class_weight)
-        return (logits, target, labels, *weights, *self.scalars, self.given.label_smoothing, *self.options)
-
-    def _run(self, arguments: tuple[Any, ...], save: str) -> tuple[Tensor, Tensor]:
-        more = (save,) if self.given.is_plain else (False, save)
-        loss, saved, *_ = self.forward.compute(self.backend, *arguments, *more)
-        return loss, saved
-
-    def value(self, logits: Tensor, target: Tensor, begin: int, end: int) -> Tensor:
-        """Return the loss of some rows."""
-        return self._run(self._arguments(logits, target, begin, end), "nothing")[0]
-
-    def gradients(
-        self, logits: Tensor, target: Tensor, begin: int, end: int, grad_output: Tensor | None, of_target: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss of some rows, and the gradients of both sides."""
-        arguments = self._arguments(logits, target, begin, end)
-        if grad_output is None and not of_target and not self.statistics:
-            loss, gradient = self._run(arguments, "gradient")
-            return loss, gradient, gradient
-        loss, statistics = logits.new_zeros(()), None
-        if grad_output is None:
-            loss, statistics = self._run(arguments, "statistics" if self.statistics else "nothing")
-            grad_output = torch.ones_like(loss)
-        if self.given.is_plain:
-            arguments = (statistics if self.statistics else None, *arguments)
-        more = (True, of_target, *((False,) if self.given.is_plain else ()))
-        backend = self.backend if self.given.target_type == "logits" or not of_target else "reference"
-        of_input, of_teacher, *_ = self.backward.compute(backend, grad_output, *arguments, *more)
-        return loss, of_input, of_teacher
 
 
 def _layers(backend: str, given: Arguments, wanted: list[int], counted: Tensor | None) -> tuple[Layer, Layer | None]:
@@ -93,6 +33,17 @@ def _layers(backend: str, given: Arguments, wanted: list[int], counted: Tensor |
     )  # fmt: skip
 
 
+@contextmanager
+def _positions_from(first: int) -> Iterator[None]:
+    """Say where a block begins if its op refuses a position of it."""
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        if first == 0:
+            raise
+        raise type(error)(f"{error}; positions are counted from {first}") from None
+
+
 def _run(
     backend: str, given: Arguments, wanted: list[int], grad_output: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -103,7 +54,7 @@ def _run(
     reference.check_values(given)
     sizes = plan(given, backend)
     student, teacher = _layers(backend, given, wanted, reference.counted_rows(given))
-    loss_of = _LossOfLogits(given, backend)
+    loss_of = LossOfLogits(given, backend) if given.target_indices is None else LossOfTopClasses(given, backend)
     losses: list[Tensor] = []
     of_student, of_teacher = (any(i in wanted for i in side) for side in ((0, 1, 2), (3, 4, 5)))
     given_target = None if given.target is None or teacher is not None else Rows(given.target)
@@ -122,17 +73,19 @@ def _run(
             elif given_target is not None:
                 target = given_target(*rows)
             if not wanted:
-                losses.append(loss_of.value(block, target, *rows))
+                with _positions_from(rows[0]):
+                    losses.append(loss_of.value(block, target, *rows))
                 continue
             incoming = None if grad_output is None else grad_output[rows[0] : rows[1]]
-            loss, of_block, of_target = loss_of.gradients(block, target, *rows, incoming, of_teacher)
+            with _positions_from(rows[0]):
+                loss, of_block, of_target = loss_of.gradients(block, target, *rows, incoming, of_teacher)
             losses.append(loss)
             if of_student:
                 student.pull_back_cap(block, of_block)
             if teacher is not None and of_teacher:
                 teacher.pull_back_cap(target, of_target)
             elif by_target is not None:
-                by_target.view(given.rows, given.classes)[rows[0] : rows[1]].copy_(of_target)
+                by_target.view(given.rows, by_target.shape[-1])[rows[0] : rows[1]].copy_(of_target)
             del of_block, of_target  # before those of the next block exist
         if of_student:
             student.add_gradients(begin, end, logits)

@@ -38,7 +38,8 @@ def _bytes(given: Arguments, backend: str) -> tuple[int, int, int, int]:
     layers = [layer for layer in (given.linear_weight, given.target_linear_weight) if layer is not None]
     hidden = [layer.shape[1] for layer in layers]
     of_chunk = size * (given.classes * len(layers) + 3 * sum(hidden))
-    of_block = size * given.classes * (_COPIES[backend] + (given.target_linear_weight is None))
+    copies = _COPIES[backend] + (given.target_linear_weight is None) + (given.target_indices is not None)
+    of_block = size * given.classes * copies
     of_class = size * max(hidden) if converted(given) else 0
     return of_chunk, of_block, of_class, _BYTES_OF_ROW * given.rows + 2 * size * given.classes * len(layers)
 

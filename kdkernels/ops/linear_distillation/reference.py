@@ -3,6 +3,8 @@
 Forward-mode and second derivatives come from here. Ordinary calls never hold the logits whole: see ``chunks.py``.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,28 @@ def divisors(given: Arguments) -> tuple[Tensor | float, Tensor | float]:
     return of_divergence if given.ignored_by_divergence else of_all, of_labels
 
 
+def divergence_weight_of_rows(given: Arguments) -> Tensor | None:
+    """Return the weight of each position in the divergence, or None if all have 1."""
+    if given.labels is None or given.soft_labels or not given.ignored_by_divergence:
+        return given.position_weight
+    kept = given.labels != given.ignore_index
+    return kept.to(given.dtype) if given.position_weight is None else torch.where(kept, given.position_weight, 0.0)
+
+
+def of_labels_alone(given: Arguments) -> Arguments:
+    """Return the call without its teacher."""
+    zero = torch.zeros_like(given.divergence_weight)
+    return replace(
+        given, target=None, target_indices=None, target_linear_weight=None, target_linear_bias=None,
+        target_type="logits", divergence_weight=zero,
+    )  # fmt: skip
+
+
+def times(weight: Tensor, loss: Tensor) -> Tensor:
+    """Return the product, 0 where the weight is 0."""
+    return torch.where(weight == 0, 0.0, weight * loss)
+
+
 def capped(logits: Tensor, cap: float) -> Tensor:
     """Return cap * tanh(logits / cap), or the logits if there is no cap."""
     return logits if cap == 0 else cap * torch.tanh(logits / cap)
@@ -79,6 +103,26 @@ def loss_of(given: Arguments) -> Tensor:
     logits = _logits(
         given.input, given.linear_weight, given.linear_bias, given.logit_scale, given.softcap, counted, dtype
     )
+    if given.target is not None and given.target_indices is not None:
+        return _loss_of_top_classes(given, logits)
+    return _loss_of_logits(given, logits)
+
+
+def _loss_of_top_classes(given: Arguments, logits: Tensor) -> Tensor:
+    assert given.target is not None
+    weight = divergence_weight_of_rows(given)
+    reduction = "none" if given.reduction == "none" else "sum"
+    options = (given.temperature, given.tail, given.divergence == "reverse_kl", reduction, False)
+    arguments = (logits, given.target.to(given.dtype), given.target_indices, weight, *options)
+    value = _registry.find("topk_divergence").run("reference", *arguments)[0]
+    loss = times((given.divergence_weight / divisors(given)[0]).to(given.dtype), value)
+    if given.labels is None:
+        return loss
+    return loss + _loss_of_logits(of_labels_alone(given), logits)
+
+
+def _loss_of_logits(given: Arguments, logits: Tensor) -> Tensor:
+    dtype, counted = given.dtype, counted_rows(given)
     target = logits.detach() if given.target is None else given.target
     if given.target is not None and given.target_linear_weight is not None:
         target = _logits(
