@@ -13,8 +13,8 @@ from kdkernels.ops.batch_norm_stats import (
     batch_norm_tap,
 )
 from kdkernels.ops.gradient_reversal import gradient_reversal, gradient_reversal_linear
-from kdkernels.ops.pointwise_divergence import binary_kl_div_with_logits, js_div, kl_div
 from kdkernels.ops.linear_distillation import linear_distillation_loss
+from kdkernels.ops.pointwise_divergence import binary_kl_div_with_logits, js_div, kl_div
 from kdkernels.ops.softmax_divergence import (
     DivergenceParts,
     decoupled_distillation_loss,
