@@ -57,8 +57,8 @@ KDKERNELS_INLINE void finish_others(Group<classes_in_lanes, V>& group, const Sof
   using Formula = math::KullbackLeibler<V>;
   using S = Scalar<V>;
   const V inverse_q = inverse_or_zero(group.sum_s), inverse_p = inverse_or_zero(group.sum_t);
-  const Bits<V> both = (group.sum_s > S(0)) & (group.sum_t > S(0));
-  const V log_sums = select(both, math::log_positive(group.sum_t / group.sum_s), V{});
+  const Bits<V> alone = (group.sum_s == S(0)) | (group.sum_t == S(0));
+  const V log_sums = select(alone, V{}, math::log_positive(group.sum_t / group.sum_s));
   V shared{};
   for (int k = 0; k < group.strips; ++k) {
     const Strip<V> strip = group.strip(k);
@@ -80,10 +80,10 @@ KDKERNELS_INLINE void finish_others(Group<classes_in_lanes, V>& group, const Sof
     group.gather_sum(shared, k, sums[1]);
   }
   // Without a teacher's distribution over the others nothing is compared there.
-  const Bits<V> compared = group.sum_t > S(0);
-  group.divergence = select(compared, group.divergence, V{});
+  const Bits<V> nothing = group.sum_t == S(0);
+  group.divergence = select(nothing, V{}, group.divergence);
   if (!options.want_input_gradient) return;
-  const V scale = select(compared, group.scale * options.inverse_temperature, V{});
+  const V scale = select(nothing, V{}, group.scale * options.inverse_temperature);
   const V of_q = (by_odds - shared * scale) * inverse_q;
   for (int k = 0; k < group.strips; ++k) {
     const Strip<V> strip = group.strip(k);
@@ -135,7 +135,7 @@ template <bool classes_in_lanes, class V, class Ahead>
   group.cross_entropy = math::weighted(of_teacher.rest, of_student.minus_log_rest);
   if (options.want_input_gradient) {
     const V by_odds = of_teacher.rest * of_student.probability * group.hard_scale;
-    const V scale = select(group.sum_t > S(0), group.scale * options.inverse_temperature, V{});
+    const V scale = select(group.sum_t == S(0), V{}, group.scale * options.inverse_temperature);
     const V inverse_q = inverse_or_zero(group.sum_s), inverse_p = inverse_or_zero(group.sum_t);
     const V of_label = by_odds * inverse_or_zero(sum_s);
     for (int k = 0; k < group.strips; ++k) {

@@ -49,24 +49,22 @@ KDKERNELS_INLINE V find_soft_numerators(Group<classes_in_lanes, V>& group, Scala
 // -sum p ln q. The teacher's numerators may all be 0, where the result is 0.
 template <class V>
 KDKERNELS_INLINE V soft_cross_entropy(const V& sum_s, const V& sum_t, const V& cross) {
-  return select(sum_t > Scalar<V>(0), math::log_positive(sum_s) - cross / sum_t, V{});
+  return select(sum_t == Scalar<V>(0), V{}, math::log_positive(sum_s) - cross / sum_t);
 }
 
 template <class V>
 KDKERNELS_INLINE V inverse_or_zero(const V& sum) {
-  return select(sum > Scalar<V>(0), splat<V>(1) / sum, V{});
+  return select(sum == Scalar<V>(0), V{}, splat<V>(1) / sum);
 }
 
 template <bool classes_in_lanes, class V>
 KDKERNELS_INLINE void write_soft_gradient(Group<classes_in_lanes, V>& group, const V& scale) {
-  const V one = splat<V>(1), inverse_q = one / group.sum_s, inverse_p = one / group.sum_t;
+  const V ratio = group.sum_s / group.sum_t, of_both = scale / group.sum_s;  // q - p = (e^s - e^t ratio) / sum e^s
   for (int k = 0; k < group.strips; ++k) {
     const Strip<V> strip = group.strip(k);
-    const V inverse_q_here = group.spread(inverse_q, k), inverse_p_here = group.spread(inverse_p, k);
-    const V scale_here = group.spread(scale, k);
-    write_gradient<false>(group, k, group.student, [&](int64_t i) {
-      return (strip.input[i] * inverse_q_here - strip.target[i] * inverse_p_here) * scale_here;
-    });
+    const V ratio_here = group.spread(ratio, k), scale_here = group.spread(of_both, k);
+    write_gradient<false>(group, k, group.student,
+                          [&](int64_t i) { return (strip.input[i] - strip.target[i] * ratio_here) * scale_here; });
   }
 }
 

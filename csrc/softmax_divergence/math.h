@@ -240,7 +240,8 @@ struct SkewKullbackLeibler {
   KDKERNELS_INLINE V total(V sum_of_values, V /*far_q*/, V /*far_p*/) const { return sum_of_values; }
 };
 
-// sum |p - q| / 2, whose derivative is 0 where p = q
+// sum |p - q| / 2, whose derivative is 0 where p = q. The sum of p - q is 0 but for an error that all log-ratios share;
+// its effect on the sum is taken away.
 template <class V>
 struct TotalVariationDistance {
   using S = Scalar<V>;
@@ -253,9 +254,10 @@ struct TotalVariationDistance {
   KDKERNELS_INLINE PairTerms<V> finish(V q, V p, V log_ratio, const Begun& begun) const {
     const Bits<V> teacher_larger = log_ratio > S(0);
     const V half = select(teacher_larger, splat<V>(S(0.5)), select(log_ratio < S(0), splat<V>(S(-0.5)), V{}));
-    return {weighted(select(teacher_larger, p, q), begun.share), -half, half, V{}, V{}};
+    const V value = weighted(select(teacher_larger, p, q), begun.share);
+    return {value, -half, half, select(teacher_larger, value, -value) * S(2), p * half};
   }
-  KDKERNELS_INLINE V total(V sum_of_values, V /*far_q*/, V /*far_p*/) const { return sum_of_values; }
+  KDKERNELS_INLINE V total(V sum_of_values, V excess, V slope) const { return sum_of_values - excess * slope; }
 };
 
 // 1 / (1 + e^-x) and 1 / (1 + e^x), and the logarithms of their inverses, each accurate where it is small
