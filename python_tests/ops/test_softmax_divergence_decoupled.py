@@ -240,6 +240,15 @@ def test_infinite_logits(backend, function):
     torch.testing.assert_close(grad, expected.detach())
 
 
+@each
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_rows_without_a_finite_logit_give_nan(backend, function, value):
+    good, bad = draw(2, 40, grad=False), draw(2, 40, grad=False)
+    bad[1] = value
+    for s, t in ((bad, good), (good, bad)):
+        assert function(s, t, torch.tensor([3, 3]), reduction="none").isnan().tolist() == [False, True]
+
+
 # Positions
 
 
@@ -307,17 +316,6 @@ def test_16_bits_are_computed_in_32(backend, function, dtype):
     loss = function(s, t, labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, function(s.float(), t.float(), labels))
-
-
-@each
-def test_scalars_of_every_kind(function):
-    s, t, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 4, 2])
-    names = ("alpha", "beta") if function is decoupled_distillation_loss else ("gamma",)
-    options = dict.fromkeys((*names, "temperature"), 2.0)
-    expected = function(s, t, labels, **options)
-    for form in (int, torch.tensor, lambda v: torch.tensor(v, dtype=torch.bfloat16)):
-        found = function(s, t, labels, **{name: form(value) for name, value in options.items()})
-        torch.testing.assert_close(found, expected)
 
 
 @each

@@ -6,7 +6,12 @@ import pytest
 import torch
 from test_softmax_divergence_others import FORMULAS, PAIRED, every_formula
 
-from kdkernels.functional import entropy_with_logits, skew_kl_div_with_logits
+from kdkernels.functional import (
+    decoupled_distillation_loss,
+    entropy_with_logits,
+    normalized_distillation_loss,
+    skew_kl_div_with_logits,
+)
 from kdkernels.ops.softmax_divergence.cases import REDUCTIONS
 
 F64 = torch.float64
@@ -126,3 +131,14 @@ def test_wrong_shares():
         skew_kl_div_with_logits(s, t, alpha=torch.tensor(0.5, requires_grad=True))
     with pytest.raises(ValueError, match="sum to 3"):
         skew_kl_div_with_logits(s[:, :3], torch.ones(3, 3), target_type="probs")
+
+
+@pytest.mark.parametrize("function", [decoupled_distillation_loss, normalized_distillation_loss])
+def test_weights_of_every_kind(function):
+    s, t, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 4, 2])
+    names = ("alpha", "beta") if function is decoupled_distillation_loss else ("gamma",)
+    options = dict.fromkeys((*names, "temperature"), 2.0)
+    expected = function(s, t, labels, **options)
+    for form in (int, torch.tensor, lambda v: torch.tensor(v, dtype=torch.bfloat16)):
+        found = function(s, t, labels, **{name: form(value) for name, value in options.items()})
+        torch.testing.assert_close(found, expected)

@@ -272,6 +272,17 @@ def test_class_that_one_side_excludes(backend):
     assert entropy_with_logits(sure).item() == 0
 
 
+@every_formula
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_rows_without_a_finite_logit_give_nan(backend, name, value):
+    ours, _ = FORMULAS[name]
+    good, bad = draw(2, 40, grad=False), draw(2, 40, grad=False)
+    bad[1] = value
+    for s, t in ((bad, good), (good, bad)):
+        loss = ours(s, t, reduction="none")
+        assert loss.isnan().tolist() == [False, name != "entropy" or s is bad]
+
+
 def test_equal_logits_have_no_gradient_of_the_entropy(backend):
     s = torch.full((3, 7), 0.3, requires_grad=True)
     entropy = entropy_with_logits(s, reduction="sum")

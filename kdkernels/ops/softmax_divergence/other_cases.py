@@ -69,9 +69,9 @@ def eager_entropy(input: Tensor, **options: Any) -> Tensor:
 
 
 def _rows(input: Tensor, labels: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the logits with the classes last, and whether a class is that of the label."""
+    """Return the logits with the classes last, and 1 at the class of the label."""
     logits = input.movedim(dim, -1)
-    return logits, F.one_hot(labels.clamp(min=0), logits.shape[-1]).bool()
+    return logits, torch.zeros_like(logits).scatter(-1, labels.clamp(min=0).unsqueeze(-1), 1.0)
 
 
 def eager_decoupled(
@@ -108,13 +108,12 @@ def eager_normalized(
     position_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return normalized distillation as it was published: the other classes are picked with a mask."""
+    """Return normalized distillation as users write it for torch.compile: logits of the label are lowered by 1000."""
     student, is_label = _rows(input, labels, dim)
     teacher, _ = _rows(target, labels, dim)
     log_q = (F.log_softmax(student, -1) * is_label).sum(-1)
     of_label = -(F.softmax(teacher, -1) * is_label).sum(-1) * log_q
-    rest = (*student.shape[:-1], student.shape[-1] - 1)
-    q, p = (z[~is_label].view(rest) / temperature for z in (student, teacher))
+    q, p = (z / temperature - 1000.0 * is_label for z in (student, teacher))
     others = -(F.softmax(p, -1) * F.log_softmax(q, -1)).sum(-1)
     weight = (labels != -100).to(input) * (1.0 if position_weight is None else position_weight)
     return _reduced(of_label + gamma * temperature**2 * others, weight, reduction, input.shape[0])

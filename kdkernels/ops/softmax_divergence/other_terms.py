@@ -29,7 +29,7 @@ def terms_of(kind: str, log_q: Tensor, log_p: Tensor, alpha: Tensor, dim: int) -
     if kind == "entropy":
         # The largest probability is only a constant in the slope; with it, the gradient of equal logits is exactly 0.
         slope = torch.where(q > 0, log_q.detach().amax(dim, keepdim=True) - log_q, 0.0)
-        value = -torch.where(q > 0, q * torch.where(q > 0, log_q, 0.0), 0.0).sum(dim)
+        value = -torch.where(q > 0, q * torch.where(q > 0, log_q, 0.0), q).sum(dim)
         return value, reference.softmax_gradient(log_q, slope, dim), torch.zeros_like(q)
     if kind == "soft_cross_entropy":
         value, student, _ = soft_cross_entropy(log_q, log_p, dim)
