@@ -1,12 +1,13 @@
 """Distillation losses of mdistiller (megvii-research/mdistiller) and of its fork with logit standardization."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import functional
 
 __all__ = ["dkd_loss", "kd_loss"]
+
+_NO_LABEL = torch.iinfo(torch.int64).min  # the project ignores no class
 
 
 def kd_loss(
@@ -63,15 +64,7 @@ def dkd_loss(
             f"logits_student has shape {tuple(logits_student.shape)} and target {tuple(target.shape)}; expected "
             "[batch, classes] and [batch]"
         )
-    if logits_student.shape[1] < 2:
-        raise ValueError("logits_student has one class; expected two or more, the target and the others")
-    of_class = F.one_hot(target, logits_student.shape[1]).bool()
-    sides = [side if side.dtype == torch.float64 else side.float() for side in (logits_student, logits_teacher)]
-    others = [side.masked_fill(of_class, -torch.inf) for side in sides]
-    margins = (
-        (side / temperature).gather(1, target[:, None]).squeeze(1) - (rest / temperature).logsumexp(1)
-        for side, rest in zip(sides, others, strict=True)
-    )
-    of_target = functional.binary_kl_div_with_logits(*margins)
-    of_others = functional.kl_div_with_logits(others[0], others[1], temperature=temperature, dim=1)
-    return temperature * temperature * (alpha * of_target + beta * of_others)
+    return functional.decoupled_distillation_loss(
+        logits_student, logits_teacher, target, alpha=alpha, beta=beta, temperature=temperature,
+        ignore_index=_NO_LABEL,
+    )  # fmt: skip

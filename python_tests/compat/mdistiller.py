@@ -61,6 +61,8 @@ def dkd_trials():
             yield Trial(
                 f"alpha={alpha}, beta={beta}, T={temperature}, logits of {scale}", partial(dkd_loss, **options),
                 documented_dkd(**options), inputs, (0, 1),
+                {**dict(zip(("student", "teacher", "target"), inputs, strict=True)), "alpha": alpha, "beta": beta,
+                 "T": temperature},
             )  # fmt: skip
 
 
@@ -89,7 +91,7 @@ PROJECT = Project(
             "teacher ‖ student",
             temperature="multiplied by T²",
             divisor="batch size",
-            ours="T * T * (alpha * binary_kl_div_with_logits(margins...) + beta * kl_div_with_logits(others...))",
+            ours="decoupled_distillation_loss(student, teacher, target, alpha=alpha, beta=beta, temperature=T)",
             traps="the project masks the label by subtracting 1000 and takes the logarithm of a sum of probabilities: "
             "-inf or NaN once the student is certain, where this is finite; α and β are no weights of CE and KD",
             trials=tuple(dkd_trials()),
