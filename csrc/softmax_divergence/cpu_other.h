@@ -58,7 +58,7 @@ template <bool classes_in_lanes, class V, class Ahead>
   if (loss == OtherLoss::soft_cross_entropy) {
     group.divergence = soft_cross_entropy(group.sum_s, group.sum_t, cross);
     if (options.probabilities) group.divergence = times_mass(group.mass, group.divergence, V{});
-    if (options.want_input_gradient) write_soft_gradient(group, group.scale * options.inverse_temperature);
+    if (options.want_input_gradient) write_soft_gradient(group, options.inverse_temperature);
   } else if (loss == OtherLoss::skew_kl && options.beta == Scalar<V>(1)) {  // compares a distribution with itself
     const auto nothing = [](int64_t) { return V{}; };
     for (int k = 0; k < group.strips; ++k) {

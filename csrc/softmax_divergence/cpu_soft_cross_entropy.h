@@ -6,6 +6,11 @@
 
 namespace kdkernels::cpu::KDKERNELS_CAPABILITY {
 
+// Whether q - p is found from the difference of the logits. In 64 bits no wider type hides what the exponentials of an
+// old processor, without fused multiplications, round off where both sides are close.
+template <class V>
+inline constexpr bool differences_of_logits = sizeof(Scalar<V>) == 8;
+
 // Computes the numerators of both softmaxes in place of the logits. Returns sum e^t s, which is -inf if a class that
 // the teacher has is missing in the student. If `at_one`, also the student's numerators at T = 1, and both their sums.
 template <bool at_one, bool classes_in_lanes, class V, class Ahead>
@@ -16,9 +21,11 @@ KDKERNELS_INLINE V find_soft_numerators(Group<classes_in_lanes, V>& group, Scala
     ahead(k);
     const Strip<V> strip = group.strip(k);
     const V max_s = group.spread(group.max_s, k), max_t = group.spread(group.max_t, k);
+    const math::LogitDifference<V> logit_difference(max_s, max_t);
     const auto input = group.reader(group.student, k), target = group.reader(group.teacher, k);
     V sums[at_one ? 5 : 3];
     for_each_with_sums(group.vectors, sums, [&](int64_t i, auto& sum) {
+      if constexpr (differences_of_logits<V>) strip.log_ratio[i] = logit_difference(input(i), target(i));
       const V shifted_s = input(i) - max_s, shifted_t = target(i) - max_t;
       const V s = shifted_s * inverse_temperature;
       const V numerator_s = math::exp_nonpositive(s);
@@ -58,13 +65,24 @@ KDKERNELS_INLINE V inverse_or_zero(const V& sum) {
 }
 
 template <bool classes_in_lanes, class V>
-KDKERNELS_INLINE void write_soft_gradient(Group<classes_in_lanes, V>& group, const V& scale) {
-  const V ratio = group.sum_s / group.sum_t, of_both = scale / group.sum_s;  // q - p = (e^s - e^t ratio) / sum e^s
+KDKERNELS_INLINE void write_soft_gradient(Group<classes_in_lanes, V>& group, Scalar<V> inverse_temperature) {
+  using Formula = math::KullbackLeibler<V>;
+  const V scale = group.scale * inverse_temperature;
+  const V inverse_s = splat<V>(1) / group.sum_s, inverse_t = splat<V>(1) / group.sum_t;
+  const V log_sums = math::log_positive(group.sum_t / group.sum_s);
   for (int k = 0; k < group.strips; ++k) {
     const Strip<V> strip = group.strip(k);
-    const V ratio_here = group.spread(ratio, k), scale_here = group.spread(of_both, k);
-    write_gradient<false>(group, k, group.student,
-                          [&](int64_t i) { return (strip.input[i] - strip.target[i] * ratio_here) * scale_here; });
+    const V inverse_s_here = group.spread(inverse_s, k), inverse_t_here = group.spread(inverse_t, k);
+    const V log_sums_here = group.spread(log_sums, k), scale_here = group.spread(scale, k);
+    write_gradient<false>(group, k, group.student, [&](int64_t i) {
+      const V q = strip.input[i] * inverse_s_here, p = strip.target[i] * inverse_t_here;
+      if constexpr (differences_of_logits<V>) {
+        const V log_ratio = strip.log_ratio[i] * inverse_temperature - log_sums_here;
+        return Formula::finish(q, p, log_ratio, Formula::begin(log_ratio)).difference * scale_here;
+      } else {
+        return (q - p) * scale_here;
+      }
+    });
   }
 }
 

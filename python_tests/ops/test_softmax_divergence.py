@@ -4,7 +4,6 @@ import math
 from functools import partial
 
 import extended
-import extended_others
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 import kdkernels
 from kdkernels.functional import distillation_loss, js_div_with_logits, kl_div_with_logits
 from kdkernels.ops._cases import layouts
-from kdkernels.ops.softmax_divergence import other_cases
 from kdkernels.ops.softmax_divergence.cases import (
     CLASSES,
     DIVERGENCES,
@@ -24,7 +22,6 @@ from kdkernels.ops.softmax_divergence.cases import (
     TEMPERATURES,
     eager_loss,
 )  # fmt: skip
-from kdkernels.ops.softmax_divergence.loss_cases import eager_general_loss
 from kdkernels.testing.selftest import error_in_ulp, results_of
 
 F64 = torch.float64
@@ -32,33 +29,6 @@ F64 = torch.float64
 
 def scalar(value):
     return torch.tensor(value, dtype=F64)
-
-
-def loss_samples():
-    """Yield samples of the op with every option, and of its backward."""
-    x = torch.randn(2, 5, 3, 4)
-    pairs = [
-        (torch.randn(4, 9), torch.randn(4, 9), 1),
-        (x.permute(0, 2, 3, 1), torch.randn(2, 3, 4, 5), 3),
-        (torch.randn(0, 5), torch.randn(0, 5), 1),
-        (torch.randn(3, 6, dtype=torch.bfloat16), torch.randn(3, 6), 1),
-        (x, x.flip(0), 1),
-    ]
-    for i, (s, t, dim) in enumerate(pairs):
-        for grad in (False, True):
-            s, t = s.detach().requires_grad_(grad), t.detach().requires_grad_(grad)
-            positions = s.shape[:dim] + s.shape[dim + 1 :]
-            labels = [None, torch.zeros(positions, dtype=torch.int64), torch.rand(s.shape)][i % 3]
-            weights = (torch.rand(positions), torch.rand(s.shape[dim]) if labels is not None else None)
-            scalars = (scalar(2.0), scalar(1.0), scalar(0.5), scalar(0.3), scalar(0.1 if labels is not None else 0.0))
-            reduction = REDUCTIONS[(i + grad) % 4]
-            kind = ("logits", "logits", "log_probs")[i % 3]
-            options = (dim, "forward_kl" if kind != "logits" else "js", kind, reduction, -100, bool(i % 2))
-            common = (s, t, labels, *weights, *scalars, *options)
-            for save in ("nothing", "gradient"):
-                yield "softmax_loss", (*common, i % 2 == 0, save)
-            grad_output = torch.randn(positions if reduction == "none" else (), requires_grad=grad)
-            yield "softmax_loss_backward", (grad_output, *common, True, kind == "logits")
 
 
 class TestSoftmaxDivergence(OpContract):
@@ -93,18 +63,11 @@ class TestSoftmaxDivergence(OpContract):
                 )
                 yield "softmax_divergence_backward", (grad_output, None, *common, False, True, False)
 
-        yield from loss_samples()
-
     @classmethod
     def extended(cls, case, arrays, cotangents):
         function = case.function
         options = dict(function.keywords) if isinstance(function, partial) else {}
         name = (function.func if isinstance(function, partial) else function).__name__
-        if getattr(case.eager, "func", None) is eager_general_loss:
-            loss, *gradients = extended.softmax_loss(arrays, cotangents[0], **case.eager.keywords)
-            return [loss] + [gradients[i] for i in case.differentiable]
-        if name in other_cases.FUNCTIONS:
-            return extended_others.results(case, arrays, cotangents[0])
         if name == "kl_div_with_logits":
             kind = "reverse_kl" if options.pop("reverse", False) else "forward_kl"
         elif name == "js_div_with_logits":

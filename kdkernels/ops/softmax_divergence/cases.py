@@ -170,8 +170,6 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             samples = tuple((s.to(other), t) for s, t in pairs((8, 60)))
             yield Case(f"{other} student", kl_div_with_logits, eager_loss, samples, both)
             yield Case(f"{other} teacher", kl_div_with_logits, eager_loss, tuple((t, s) for s, t in samples), both)
-    yield from loss_cases.cases(dtype, device)
-    yield from other_cases.cases(dtype, device)
 
 
 def workload(function: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Workload:
@@ -228,8 +226,6 @@ def calls() -> list[Call]:
         Call("js_div, legacy clamp", partial(js_div_with_logits, legacy_clamp=True), (s, t), both),
         Call("distillation", distillation_loss, (s, t, labels)),
         Call("distillation to both", partial(distillation_loss, temperature=1.5), (s, t), both),
-        *loss_cases.calls(),
-        *other_cases.calls(),
     ]
 
 
@@ -291,10 +287,19 @@ GPU_BENCHMARKS = (
     *(Benchmark(KL, (128, 100), dtype) for dtype in (BF16, torch.float32)),
     Benchmark(KL, (4096, 151936), BF16),
 )
+
+
+def _cases_with_options(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    yield from loss_cases.cases(dtype, device)
+    yield from other_cases.cases(dtype, device)
+
+
 register(
     __package__,
     accuracy=cases,
     calls=calls,
+    cpu_accuracy=_cases_with_options,
+    cpu_calls=lambda: [*loss_cases.calls(), *other_cases.calls()],
     far_calls=FAR_CALLS,
     functions=(*FUNCTIONS, *other_cases.FUNCTIONS),
     workload=workload,
