@@ -81,7 +81,7 @@ def test_large_inputs_rotate_and_small_ones_do_not():
 
 
 SMALL_ROWS = {
-    (row.function, row.variant): replace(row, shape=tuple(map(min, row.shape, (4, 6, 5, 7)))) for row in benchmarks()
+    (row.function, row.variant): replace(row, shape=tuple(map(min, row.shape, (4, 6, 5, 7, 3)))) for row in benchmarks()
 }
 
 

@@ -105,10 +105,12 @@ def test_what_is_no_dimension_is_refused(dim):
 def test_labels_of_another_dtype_are_refused_with_the_remedy():
     s, t = torch.randn(3, 5), torch.randn(3, 5)
     for dtype in (torch.int32, torch.uint8):
-        with pytest.raises(TypeError, match=r"torch\.int64, got torch\.\w+; pass labels\.long\(\)"):
+        with pytest.raises(TypeError, match=r"torch\.int64, or .*, got torch\.\w+; pass labels\.long\(\)"):
             distillation_loss(s, t, torch.tensor([0, 4, 2], dtype=dtype))
-    with pytest.raises(TypeError, match=r"got torch\.float32$"):
-        distillation_loss(s, t, s.softmax(1))
+    with pytest.raises(TypeError, match=r"got torch\.complex64$"):
+        distillation_loss(s, t, torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"are probabilities, of shape \(3,\); .*pass labels\.long\(\)"):
+        distillation_loss(s, t, torch.tensor([0.0, 4.0, 2.0]))
 
 
 # Tensors that are not plain
