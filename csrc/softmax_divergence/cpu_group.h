@@ -38,6 +38,7 @@ struct Group {
   Side<V> student, teacher;
 
   Bits<V> label = Bits<V>{} - 1;         // -1 for none
+  V divergence_share{}, label_share{};   // what the results are multiplied with in the loss
   V scale{}, hard_scale{};               // what the gradients are multiplied with
   V divergence{}, cross_entropy{};       // the results
   V max_s{}, max_t{}, sum_s{}, sum_t{};  // of the logits, and of the numerators

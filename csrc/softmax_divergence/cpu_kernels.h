@@ -25,9 +25,15 @@ KDKERNELS_INLINE PositionWeights weights_of(const SoftmaxCall& call, int64_t pos
 
 // The incoming gradient of a position
 template <class S>
-KDKERNELS_INLINE double grad_of(const SoftmaxCall& call, int64_t position) {
+KDKERNELS_INLINE S grad_of(const SoftmaxCall& call, int64_t position) {
   const S* const grad_output = static_cast<const S*>(call.grad_output);
-  return grad_output == nullptr ? 1.0 : double(grad_output[position * call.grad_stride]);
+  return grad_output == nullptr ? S(1) : grad_output[position * call.grad_stride];
+}
+
+// The product with the share of a position in the loss, 0 where that is 0
+template <class V>
+KDKERNELS_INLINE V product(const V& share, const V& value) {
+  return select(share == Scalar<V>(0), V{}, share * value);
 }
 
 // The logits of a position that does not count must not matter, even if they are NaN.
@@ -54,59 +60,65 @@ KDKERNELS_INLINE void prepare_group(const SoftmaxCall& call, Group<classes_in_la
   using S = Scalar<V>;
   const double of_divergence = call.divergence_weight * call.divergence_normalizer;
   const double of_labels = call.label_weight * call.label_normalizer;
-  const bool alike = call.grad_stride == 0 && call.labels == nullptr && call.position_weight == nullptr;
-  const double first = grad_of<S>(call, 0);
-  group.scale = splat<V>(S(first * of_divergence));
-  group.hard_scale = splat<V>(S(first * of_labels));
-  for (int l = 0; l < count && !alike; ++l) {
+  group.divergence_share = splat<V>(S(of_divergence));
+  group.label_share = splat<V>(S(of_labels));
+  const bool weighted = call.position_weight != nullptr;
+  for (int l = 0; l < count && (weighted || call.labels != nullptr); ++l) {
     const PositionWeights weights = weights_of<S>(call, position + l);
-    if (weights.divergence == 0 && weights.labels == 0) clear_position(group, l);
-    const double grad = grad_of<S>(call, position + l);
-    set_lane(group.scale, l, weights.divergence == 0 ? 0 : grad * weights.divergence * of_divergence);
-    set_lane(group.hard_scale, l, weights.labels == 0 ? 0 : grad * weights.labels * of_labels);
-    if (call.labels != nullptr && weights.labels != 0) set_lane(group.label, l, call.labels[position + l]);
+    if (weights.labels != 0) {
+      if (call.labels != nullptr) set_lane(group.label, l, call.labels[position + l]);
+    } else if (weights.divergence == 0) {
+      clear_position(group, l);
+    }
+    if (!weighted && weights.labels != 0) continue;
+    set_lane(group.divergence_share, l, of_divergence * weights.divergence);
+    set_lane(group.label_share, l, of_labels * weights.labels);
   }
+  V grad = splat<V>(grad_of<S>(call, 0));
+  for (int l = 0; l < count && call.grad_stride != 0; ++l) set_lane(grad, l, grad_of<S>(call, position + l));
+  group.scale = product(group.divergence_share, grad);
+  group.hard_scale = product(group.label_share, grad);
 }
 
-template <class S>
-[[gnu::noinline]] void write_parts(const SoftmaxCall& call, int64_t position, bool counted, const double (&values)[6]) {
-  S* const parts = static_cast<S*>(call.parts);
-  for (int part = 0; part < 6; ++part) parts[part * call.positions + position] = S(counted ? values[part] : 0);
+// Writes the parts of the loss, and the sums of the teacher's probabilities, if they are asked for.
+template <bool classes_in_lanes, class V>
+[[gnu::noinline]] void write_parts(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group,
+                                   const SoftmaxOptions<Scalar<V>>& options, int64_t position, int count) {
+  using S = Scalar<V>;
+  const V logsumexp_s = group.max_s * options.inverse_temperature + math::log_positive(group.sum_s);
+  const V logsumexp_t = group.max_t * options.inverse_temperature + math::log_positive(group.sum_t);
+  for (int l = 0; l < count; ++l) {
+    const PositionWeights weights = weights_of<S>(call, position + l);
+    const bool counted = weights.divergence != 0 || weights.labels != 0;
+    if (call.masses != nullptr) static_cast<S*>(call.masses)[position + l] = counted ? lane(group.mass, l) : S(1);
+    if (!options.parts) continue;
+    const bool no_mass = options.probabilities && lane(group.mass, l) == 0;
+    const S values[] = {weights.labels != 0 && options.labels ? lane(group.cross_entropy, l) : S(0),
+                        weights.divergence != 0 && options.divergence ? lane(group.divergence, l) : S(0),
+                        lane(logsumexp_s, l),
+                        no_mass ? -math::infinity<V> : lane(logsumexp_t, l),
+                        lane(group.entropy, l),
+                        lane(group.agreement, l)};
+    S* part = static_cast<S*>(call.parts) + position + l;
+    for (const S value : values) {
+      *part = counted ? value : S(0);
+      part += call.positions;
+    }
+  }
 }
 
 // Returns the sum of the losses of a group, and writes what is asked for of each position.
 template <bool classes_in_lanes, class V>
-[[gnu::noinline]] double losses_of(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group,
-                                   const SoftmaxOptions<Scalar<V>>& options, int64_t position, int count) {
-  using S = Scalar<V>;
+KDKERNELS_INLINE double losses_of(const SoftmaxCall& call, const Group<classes_in_lanes, V>& group,
+                                  const SoftmaxOptions<Scalar<V>>& options, int64_t position, int count) {
+  const V losses = product(group.divergence_share, group.divergence) + product(group.label_share, group.cross_entropy);
   double total = 0;
-  for (int l = 0; l < count; ++l) {
-    const PositionWeights weights = weights_of<S>(call, position + l);
-    const double divergence = double(lane(group.divergence, l)), labels = double(lane(group.cross_entropy, l));
-    double loss = 0;
-    if (call.divergence_weight != 0 && weights.divergence != 0) {
-      loss += weights.divergence * call.divergence_weight * call.divergence_normalizer * divergence;
-    }
-    if (call.label_weight != 0 && weights.labels != 0) {
-      loss += weights.labels * call.label_weight * call.label_normalizer * labels;
-    }
-    if (call.position_loss != nullptr) static_cast<S*>(call.position_loss)[position + l] = S(loss);
-    const bool counted = weights.divergence != 0 || weights.labels != 0;
-    if (call.masses != nullptr) static_cast<S*>(call.masses)[position + l] = counted ? lane(group.mass, l) : S(1);
-    if (options.parts) {
-      const auto logsumexp = [&](const V& largest, const V& sum) {
-        return double(lane(largest, l)) / call.temperature + double(lane(math::log_positive(sum), l));
-      };
-      const double of_teacher = options.probabilities && lane(group.mass, l) == 0 ? -double(math::infinity<V>)
-                                                                                  : logsumexp(group.max_t, group.sum_t);
-      write_parts<S>(
-          call, position + l, counted,
-          {weights.labels != 0 && options.labels ? labels : 0,
-           weights.divergence != 0 && options.divergence ? divergence : 0, logsumexp(group.max_s, group.sum_s),
-           of_teacher, double(lane(group.entropy, l)), double(lane(group.agreement, l))});
-    }
-    total += loss;
+  for (int l = 0; l < count; ++l) total += double(lane(losses, l));
+  if (call.position_loss != nullptr) {
+    auto* const loss = static_cast<Scalar<V>*>(call.position_loss) + position;
+    for (int l = 0; l < count; ++l) loss[l] = lane(losses, l);
   }
+  if (options.parts || call.masses != nullptr) write_parts(call, group, options, position, count);
   return total;
 }
 
