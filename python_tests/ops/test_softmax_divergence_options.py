@@ -238,6 +238,34 @@ def test_equal_logits_are_standardized_to_zero():
         kl_div_with_logits(torch.ones(2, 1), torch.ones(2, 1), standardize=True)
 
 
+@pytest.mark.parametrize("kd_only", [False, True])
+@pytest.mark.parametrize("ignored_in", ["both", "cross_entropy"])
+def test_standardized_positions_that_do_not_count_may_hold_nan(ignored_in, kd_only):
+    s, t, labels, mask = rows(4, 8), rows(4, 8), torch.tensor([0, -100, 3, 3]), torch.tensor([True, True, True, False])
+    counted = [0, 2] if ignored_in == "both" and not kd_only else [0, 1, 2]
+    with torch.no_grad():
+        for row in {0, 1, 2, 3} - set(counted):
+            s[row], t[row] = math.nan, math.inf
+
+    def loss(s, t, labels, mask):
+        if kd_only:
+            return kl_div_with_logits(s, t, standardize=True, position_weight=mask)
+        options = {"standardize": True, "position_weight": mask, "ignore_index_in": ignored_in}
+        return distillation_loss(s, t, labels, **options)
+
+    found, expected = loss(s, t, labels, mask), loss(s[counted], t[counted], labels[counted], None)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x, (s, t)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_standardized_logits_are_as_exact_as_the_loss():
+    s, t = rows(3, 8), rows(3, 8, dtype=torch.float32)
+    loss = kl_div_with_logits(s, t, standardize=True)
+    assert loss.dtype == F64
+    torch.testing.assert_close(loss, kl_div_with_logits(s, t.double(), standardize=True), rtol=1e-13, atol=0)
+
+
 # Derivatives
 
 

@@ -42,11 +42,14 @@ class DivergenceParts(NamedTuple):
     agreement: Tensor
 
 
-def standardized(name: str, logits: Tensor, dim: int) -> Tensor:
-    """Return the logits of each position with mean 0 and unbiased standard deviation 1."""
-    if logits.shape[dim] < 2:
-        raise ValueError(f"standardize=True needs two classes or more, but {name} has {logits.shape[dim]}")
-    values = logits.to(compute_dtype(logits))
+def standardized(logits: Tensor, dim: int, dtype: torch.dtype, counts: Tensor | None) -> Tensor:
+    """Return the logits of each position with mean 0 and unbiased standard deviation 1.
+
+    Positions that do not count become 0 and get a gradient of 0, whatever they hold.
+    """
+    values = logits.to(dtype)
+    if counts is not None:
+        values = torch.where(counts.unsqueeze(dim), values, 0.0)
     values = values - values.mean(dim, keepdim=True)
     spread = root(values.square().sum(dim, keepdim=True) / (logits.shape[dim] - 1))
     return values / (spread + 1e-7)
@@ -104,9 +107,14 @@ class Call:
             raise ValueError(
                 f"standardize=True needs the teacher's logits, but target_type is {self.target_type!r}; leave one out"
             )
-        self.input, self.target = (
-            standardized(name, side, self.dim) for name, side in (("input", self.input), ("target", self.target))
-        )
+        if self.input.shape[self.dim] < 2:
+            raise ValueError("standardize=True needs two classes or more, but input has 1")
+        counts = None if self.position_weight is None else self.position_weight != 0
+        if self.ignored_by_divergence and self.labels is not None and not self.labels.is_floating_point():
+            labelled = self.labels != self.ignore_index
+            counts = labelled if counts is None else counts & labelled
+        dtype = compute_dtype(self.input, self.target)
+        self.input, self.target = (standardized(side, self.dim, dtype, counts) for side in (self.input, self.target))
 
     def run_standardized(
         self, divergence: str, divergence_weight: float | Tensor, label_weight: float | Tensor, **options: Any
