@@ -94,6 +94,7 @@ def test_position_and_class_weights_multiply():
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing is 1\.5; expected a number in \[0, 1\]"),
         ({"class_weight": torch.ones(4)}, ValueError, r"class_weight has shape \(4,\); expected one .*, \(5,\)"),
         ({"class_weight": torch.ones(5).long()}, TypeError, "class_weight must be float16"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
         ({"ignore_index_in": "neither"}, ValueError, "ignore_index_in is 'neither'; accepted are 'both'"),
         ({"target_type": "softmax"}, ValueError, "target_type is 'softmax'; accepted are 'logits'"),
         ({"standardize": True, "target_type": "probs"}, ValueError, "standardize=True needs the teacher's logits"),
@@ -116,6 +117,15 @@ def test_options_of_labels_need_labels():
 
 
 # Dimensions
+
+
+def test_mistakes_in_joint_dimensions_are_told_as_they_were_made():
+    s, t = rows(2, 3, 4), rows(2, 3, 4)
+    for labels in (torch.tensor([[1, 2, 3]]), torch.rand(2, 12)):
+        with pytest.raises(ValueError, match=r"expected \(2,\), .* without dim \(1, 2\), .* or \(2, 3, 4\) for prob"):
+            distillation_loss(s, t, labels, dim=(1, 2))
+    with pytest.raises(ValueError, match=r"input has 0 classes: shape \(2, 0, 4\), dim=\(1, 2\)"):
+        kl_div_with_logits(s[:, :0], t[:, :0], dim=(1, -1))
 
 
 def test_classes_in_several_dimensions():

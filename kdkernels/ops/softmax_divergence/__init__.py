@@ -58,7 +58,8 @@ def kl_div_with_logits(
         temperature: T > 0, a number or a 0-dim tensor, which gets its gradient if it requires one. For a temperature
             per sample divide both logits by it, as in ``input / T[:, None]``, and leave this at 1.
         dim: Class dimension, or a tuple of dimensions that hold the classes together, such as ``(2, 3)`` for a softmax
-            over the pixels of a map. ``None`` means the last one for 1-D and 2-D logits, and raises for more.
+            over the pixels of a map; dimensions that are not neighbours in memory are copied. ``None`` means the last
+            one for 1-D and 2-D logits, and raises for more.
         reverse: Whether to compute KL(student || teacher) instead of KL(teacher || student).
         target_type: What ``target`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``. The temperature divides logits
             only: of a teacher given by probabilities it divides the student alone. Probabilities whose sum is not 1
@@ -67,8 +68,9 @@ def kl_div_with_logits(
         position_weight: Weight w of each position, boolean (a mask) or floating-point, in the shape of ``input``
             without the classes. A position of weight 0 counts for nothing, even if its logits are NaN.
         standardize: Whether to give the logits of each position mean 0 and unbiased standard deviation 1 first
-            (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv 2403.01427). It takes a tensor of
-            logits more for each side.
+            (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv 2403.01427). PyTorch computes it
+            before the pass: it takes several times as long, and several fp32 tensors of the size of the logits more.
+            Logits at -inf give NaN.
         reduction: ``"none"`` (w times the loss of each position), ``"mean"`` (the sum of w times the loss, divided by
             the sum of w; unlike ``F.kl_div``, over positions), ``"sum"``, or ``"batchmean"`` (the sum divided by
             ``input.size(0)``).

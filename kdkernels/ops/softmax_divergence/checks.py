@@ -97,8 +97,12 @@ def joined(
     dims = [d % input.dim() for d in dims]
     if len(set(dims)) < len(dims):
         raise ValueError(f"dim is {tuple(dim)}, which names a dimension twice")
+    if 0 in (input.shape[d] for d in dims):
+        raise ValueError(f"input has 0 classes: shape {tuple(input.shape)}, dim={tuple(dims)}")
     if reduction == "batchmean" and 0 in dims and input.dim() > 1:
         raise ValueError("reduction='batchmean' divides by the size of dimension 0, which is one of the classes'")
+
+    _check_joint_labels(labels, input, dims)
 
     def with_classes_last(tensor: Tensor) -> Tensor:
         return tensor.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims))
@@ -106,6 +110,18 @@ def joined(
     soft = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == input.shape
     labels = with_classes_last(labels) if soft and labels is not None else labels
     return with_classes_last(input), with_classes_last(target), labels, -1
+
+
+def _check_joint_labels(labels: Tensor | None, input: Tensor, dims: Sequence[int]) -> None:
+    """Check the shape of labels in terms of the dimensions as they were given; joined ones would be told instead."""
+    if not isinstance(labels, Tensor):
+        return
+    positions = tuple(size for d, size in enumerate(input.shape) if d not in dims)
+    if labels.shape != positions and not (labels.is_floating_point() and labels.shape == input.shape):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; expected {positions}, input's shape without dim {tuple(dims)}, "
+            f"for class indices, or {tuple(input.shape)} for probabilities"
+        )
 
 
 def checked_class_weight(

@@ -1,6 +1,7 @@
 """From checked arguments to the ops: what every function of the family shares."""
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class DivergenceParts(NamedTuple):
         divergence: Divergence without ``kd_weight`` and T^2, reduced as in the loss.
         input_logsumexp: ln of the sum of exp(input / T) of each position.
         target_logsumexp: The same for the teacher; for a target of probabilities, the logarithm of their sum.
-        target_entropy: Entropy of the teacher's distribution in nats, of each position.
+        target_entropy: Entropy of the teacher's distribution in nats, of each position; of a target of probabilities
+            as they are, whatever their sum.
         agreement: Whether student and teacher have the largest value at the same class; the first of equal ones counts.
 
     """
@@ -76,6 +78,9 @@ class Call:
     ) -> None:
         _checks.check_choice("target_type", target_type, ("logits", "log_probs", "probs"))
         _checks.check_choice("ignore_index_in", ignore_index_in, ("both", "cross_entropy"))
+        if type(ignore_index) is not int:
+            _checks.check_integer("ignore_index", ignore_index)
+            ignore_index = operator.index(ignore_index)
         input, target, labels, dim = checks.joined(input, target, labels, dim, reduction)
         self.dim = checks.check_logits(input, target, labels, dim, reduction)
         positions = input.shape[: self.dim] + input.shape[self.dim + 1 :]
