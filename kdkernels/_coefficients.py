@@ -43,7 +43,8 @@ class Coefficients(Module):
         A compiled module would be compiled again for another buffer.
         """
         buffer = self.__dict__.get("_buffers", {}).get(name)
-        if buffer is not None and isinstance(value, Real if buffer.dtype.is_floating_point else Integral):
+        kind = Integral if buffer is not None and not buffer.dtype.is_floating_point else Real
+        if buffer is not None and buffer.numel() == 1 and isinstance(value, kind):
             buffer.fill_(float(value))
         else:
             super().__setattr__(name, value)  # type: ignore[arg-type]

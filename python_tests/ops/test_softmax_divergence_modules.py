@@ -131,3 +131,10 @@ def test_learned_temperatures_are_parameters(sides):
 )
 def test_modules_show_what_they_compute(module, shown):
     assert repr(module) == f"{type(module).__name__}({shown})"
+
+
+def test_a_number_is_no_weight_of_the_classes():
+    loss = nn.DistillationLoss(class_weight=torch.tensor([1.0, 2.0, 3.0]))
+    with pytest.raises(TypeError, match="cannot assign 'float' as buffer 'class_weight'"):
+        loss.class_weight = 2.0
+    assert loss.class_weight.tolist() == [1, 2, 3]
