@@ -301,3 +301,14 @@ def test_the_mixture_takes_no_end_points():
     every = torch.stack([split_vocabulary_statistics(s, t, divergence="js")])
     with pytest.raises(ValueError, match="use divergence='forward_kl'"):
         split_vocabulary_mixture(s, t, every, beta=0)
+
+
+@pytest.mark.parametrize("change", [{"temperature": 1.0}, {"input": 1.0}])
+def test_statistics_of_another_call(change, backend):
+    """A temperature that only one of the calls was given is seen, in a step of JS too."""
+    student, teacher = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
+    every = torch.stack([split_vocabulary_statistics(student, teacher, temperature=2.0, divergence="js")])
+    student, temperature = student + change.get("input", 0.0), change.get("temperature", 2.0)
+    for call in (split_vocabulary_loss, split_vocabulary_mixture):
+        with pytest.raises(ValueError, match=f"first position at temperature {temperature:g}; pass the same"):
+            call(student, teacher, every, temperature=temperature)

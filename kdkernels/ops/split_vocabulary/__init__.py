@@ -289,7 +289,8 @@ def split_vocabulary_loss(
         1503.02531.
 
     Raises:
-        TypeError, ValueError: An argument is not accepted.
+        TypeError, ValueError: An argument is not accepted; or the statistics are those of other logits or of another
+            temperature, which the first position shows (on a GPU only if :func:`kdkernels.set_debug` is on).
         IndexError: No rank has the class of a label. On a GPU the loss is NaN instead, unless
             :func:`kdkernels.set_debug` is on.
 

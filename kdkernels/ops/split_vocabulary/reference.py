@@ -133,10 +133,28 @@ class _Chunk:
         return torch.where(difference > 0, from_q, from_p)
 
 
+def _check_shard(input: Tensor, target: Tensor, every: Tensor, temperature: Tensor) -> None:
+    """Raise if no rank has the statistics of this shard's first position, as with another temperature."""
+    if input.numel() == 0 or not _registry.values_are_visible(input):
+        return
+    first = (0,) * (input.dim() - 1)
+    sides = [side[first].to(every.dtype) for side in (input, target)]
+    largest = [side.amax() for side in sides]
+    sums = [_log_sum(side, most, temperature) for side, most in zip(sides, largest, strict=True)]
+    own, given = torch.stack((*largest, *sums)), every[:, :4].reshape(len(every), 4, -1)[..., 0]
+    if own.isfinite().all() and not ((given - own).abs() <= 1e-2 * (1 + own.abs())).all(-1).any():
+        raise ValueError(
+            "statistics are not those of input and target: no rank has the maxima and sums of exponentials of their "
+            f"first position at temperature {temperature.item():g}; pass the same logits and the same temperature to "
+            "split_vocabulary_statistics"
+        )
+
+
 def mixture(
     _backend: str, input: Tensor, target: Tensor, statistics: Tensor, temperature: Tensor, beta: Tensor
 ) -> Tensor:
     """Return what a shard adds to KL(p || m) and KL(q || m) of each row."""
+    _check_shard(input, target, statistics, temperature)
     classes, totals = input.shape[-1], combined(statistics, temperature, "js")
     s, t, whole = input.reshape(-1, classes), target.reshape(-1, classes), totals.reshape(len(totals), -1)
     temperature, beta, size = temperature.to(whole), beta.to(whole), _rows(classes, whole.dtype)
@@ -200,6 +218,7 @@ def forward(
         labels, position_weight, statistics, mixture, temperature, divergence_weight, label_weight, beta, divergence,
         ignore_index, reduction, _batch(input),
     )  # fmt: skip
+    _check_shard(input, target, statistics, temperature)
     totals, share = problem.totals, problem.beta
     _positions.check_weight_values("position_weight", position_weight)
     value = totals[7] if divergence != "js" else share * totals[8] + (1 - share) * totals[9]
