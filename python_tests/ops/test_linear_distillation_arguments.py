@@ -29,6 +29,24 @@ def arguments(**change):
             ValueError,
             r"linear_weight has shape \(4, 50\); expected \(classes, 4\)",
         ),
+        ({"linear_weight": torch.randn(4, 50)}, ValueError, r"; pass linear_weight.t\(\)$"),
+        (
+            {"target_linear_weight": torch.zeros(5).long(), "labels": None},
+            TypeError,
+            "target_linear_weight must be floating-point, got torch.int64; pass class indices by name, as labels=",
+        ),
+        (
+            {"target_linear_weight": None, "target": torch.randn(5, 50), "target_softcap": 30.0},
+            ValueError,
+            "target_softcap is 30.0, but without target_linear_weight a teacher's logits are taken as they are",
+        ),
+        (
+            {"target_linear_weight": None, "target": torch.randn(5, 50), "target_logit_scale": 1.0},
+            ValueError,
+            "target_logit_scale is 1.0, but without target_linear_weight",
+        ),
+        ({"tail": "ignore"}, ValueError, "tail is 'ignore', but there are no target_indices"),
+        ({"target_indices": torch.zeros(5, 2).long()}, ValueError, "leave target_linear_weight out"),
         ({"linear_weight": torch.randn(0, 4)}, ValueError, "linear_weight has 0 classes"),
         (
             {"linear_weight": torch.randn(60, 4)},

@@ -90,7 +90,7 @@ def linear_distillation_loss(
         softcap: Bound that the logits are squashed to after the scale, as ``final_logit_softcapping`` of Gemma 2; None
             for none.
         target_logit_scale: Factor of the teacher's logits; None for that of the student. Like ``target_softcap`` it
-            applies to hidden states only: a teacher's logits are taken as they are.
+            belongs to ``target_linear_weight``, and is refused where ``target`` holds the logits themselves.
         target_softcap: Bound of the teacher's logits; None for that of the student, ``math.inf`` for none.
         target_type: What a ``target`` without a linear layer holds: ``"logits"``, ``"log_probs"`` or ``"probs"``, which
             the temperature does not divide.
@@ -134,7 +134,7 @@ def linear_distillation_loss(
     )  # fmt: skip
     _checks.check_choice("reduction", reduction, _positions.REDUCTIONS)
     _checks.check_choice("divergence", divergence, ("forward_kl", "reverse_kl", "js"))
-    indices = checks.checked_indices(target_indices, target, target_linear_weight, target_type, divergence, tail)
+    indices = checks.checked_indices(target_indices, target, target_type, divergence, tail)
     _checks.check_choice("ignore_index_in", ignore_index_in, ("both", "cross_entropy"))
     labels = checks.checked_labels(labels, input, linear_weight.shape[0])
     kd_weight, ce_weight = checks.checked_weights(labels, kd_weight, ce_weight)
@@ -148,6 +148,7 @@ def linear_distillation_loss(
     ]
     if labels is None and (number := _checks.number_of(numbers[-1])) != 0:
         raise ValueError(f"label_smoothing is {number!r}, but there are no labels; pass labels or leave it out")
+    checks.check_target_head(target_linear_weight, target_logit_scale=target_logit_scale, target_softcap=target_softcap)
     scale = checks.checked_scale("logit_scale", logit_scale)
     target_scale = (
         scale if target_logit_scale is None else checks.checked_scale("target_logit_scale", target_logit_scale)

@@ -35,9 +35,10 @@ def _check_layer(hidden_name: str, hidden: Tensor, prefix: str, weight: Tensor, 
     check_floating(name, weight)
     check_same_device("input", hidden, name, weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        transposed = weight.dim() == 2 and weight.shape[0] == hidden.shape[-1]
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}; expected (classes, {hidden.shape[-1]}), for {hidden_name} of "
-            f"shape {tuple(hidden.shape)}"
+            f"shape {tuple(hidden.shape)}{f'; pass {name}.t()' if transposed else ''}"
         )
     if bias is None:
         return
@@ -91,6 +92,13 @@ def check_sides(
                 f"hidden states{_slices(target.shape[-1], classes, 'target[..., ', 'linear_weight[')}"
             )
         return
+    if isinstance(target_linear_weight, Tensor) and target_linear_weight.dtype == torch.int64:
+        raise TypeError(
+            "target_linear_weight must be floating-point, got torch.int64; pass class indices by name, as labels=... "
+            "or target_indices=..."
+        )
+    if target_indices is not None:
+        raise ValueError("target_indices makes target the values of these classes; leave target_linear_weight out")
     if target_type != "logits":
         raise ValueError(
             f"target_type is {target_type!r}, but target_linear_weight makes logits of target; leave one of them out"
@@ -104,12 +112,13 @@ def check_sides(
 
 
 def checked_indices(
-    indices: Tensor | None, target: Tensor | None, target_linear_weight: Tensor | None, target_type: str,
-    divergence: str, tail: str,
-) -> Tensor | None:  # fmt: skip
+    indices: Tensor | None, target: Tensor | None, target_type: str, divergence: str, tail: str
+) -> Tensor | None:
     """Return the classes of a teacher of whom only some are known, or raise."""
     check_choice("tail", tail, ("bucket", "renormalize", "ignore"))
     if indices is None:
+        if tail != "bucket":
+            raise ValueError(f"tail is {tail!r}, but there are no target_indices; pass them or leave it out")
         return None
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
@@ -118,8 +127,6 @@ def checked_indices(
         shape = None if target is None else tuple(target.shape)
         raise ValueError(f"target_indices has shape {tuple(indices.shape)}; expected that of target, {shape}")
     check_same_device("target", target, "target_indices", indices)
-    if target_linear_weight is not None:
-        raise ValueError("target_indices makes target the values of these classes; leave target_linear_weight out")
     if target_type != "log_probs":
         raise ValueError(
             f"target_type is {target_type!r}; with target_indices, target holds log-probabilities at the temperature, "
@@ -190,6 +197,16 @@ def checked_weights(
         given = "ce_weight" if kd_weight is None else "kd_weight"
         raise ValueError(f"{given} alone was given; with labels give both kd_weight and ce_weight, or neither")
     return kd_weight, ce_weight
+
+
+def check_target_head(target_linear_weight: Tensor | None, **options: float | None) -> None:
+    """Raise if an option of the teacher's linear layer was given, but the layer was not."""
+    for name, value in options.items():
+        if value is not None and target_linear_weight is None:
+            raise ValueError(
+                f"{name} is {value!r}, but without target_linear_weight a teacher's logits are taken as they are; "
+                "leave it out"
+            )
 
 
 def checked_cap(name: str, value: object) -> float:
