@@ -139,6 +139,13 @@ def test_binary_of_infinite_logits(backend):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("other", [INF, -INF])
+def test_binary_of_nan_is_nan(reverse, other, backend):
+    sides = torch.tensor([other, math.nan]), torch.tensor([math.nan, other])
+    assert binary_kl_div_with_logits(*sides, reverse=reverse, reduction="none").isnan().all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
 def test_binary_of_hard_labels(reverse, backend):
     """The forward divergence is the binary cross-entropy; the reverse one excludes an outcome that q has."""
     s = torch.randn(10, dtype=F64, requires_grad=True)

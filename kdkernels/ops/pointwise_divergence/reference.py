@@ -117,7 +117,7 @@ class _Bernoulli:
         self.softplus_of_weight = -F.logsigmoid(-weight)
 
     def value(self) -> Tensor:
-        infinite = self.unbounded & ((self.other > 0) | self.present)
+        infinite = self.unbounded & ((self.other > 0) | self.present) & ~self.sigmoid.isnan()
         softplus = -F.logsigmoid(-torch.where(self.unbounded, -1e4, self.other))
         value = softplus - self.softplus_of_weight - self.sigmoid * self.difference
         return torch.where(infinite, math.inf, torch.where(value < 0, 0.0, value))
