@@ -246,7 +246,9 @@ void backward(const TopKCall& call, int64_t begin, int64_t end) {
     if (call.grad_input.data == nullptr) continue;
     T* const destination = static_cast<T*>(call.grad_input.data) + call.offset_of(call.grad_input, i);
     const int64_t stride = call.grad_input.class_stride;
-    double factor = rest.sum == 0 ? 0 : solution.outside * scale / call.temperature / rest.sum;
+    // Where they have no gradient, the unlisted logits must not matter, even if their sum is NaN.
+    const bool outside = rest.sum != 0 && solution.outside != 0;
+    double factor = outside ? solution.outside * scale / call.temperature / rest.sum : 0;
     if (!accepted) factor = nan;
     write_rest(position.row(), S(rest.largest), inverse_temperature, S(factor), destination, stride);
     for (int64_t k = 0; k < call.listed && counts && accepted; ++k) {

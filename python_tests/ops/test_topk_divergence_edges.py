@@ -192,6 +192,29 @@ def test_weights(tail, reduction, divisor, backend):
         torch.testing.assert_close(a, b * weight.unsqueeze(-1) / divisor, rtol=1e-13, atol=1e-16)
 
 
+def test_a_rest_that_underflows_adds_nothing(backend):
+    """The student's rest is e^-1e4, 0 in any dtype, where p_R = 0: an outcome without weight."""
+    loss, by_input, _ = with_gradient(torch.tensor([[1e4, 0.0, 0.0]], dtype=F64), logs(1.0), [[0]], reverse=True)
+    assert loss.item() == 0
+    assert not by_input.any()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("unlisted", [NAN, INF])
+def test_renormalized_logits_that_are_not_listed_do_not_matter(reverse, unlisted, backend):
+    options = {"tail": "renormalize", "reverse": reverse, "return_masses": True}
+    student = logs(1, 2, 5).requires_grad_()
+    expected = torch.autograd.grad(
+        topk_kl_div_with_logits(student, logs(0.3, 0.5), torch.tensor([[0, 2]]), **options)[0], student
+    )
+    with torch.no_grad():
+        student[0, 1] = unlisted
+    found = torch.autograd.grad(
+        topk_kl_div_with_logits(student, logs(0.3, 0.5), torch.tensor([[0, 2]]), **options)[0], student
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-16)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_everything_masked(reduction, backend):
     student, values = torch.full((2, 3, 6), NAN), torch.full((2, 3, 2), NAN)

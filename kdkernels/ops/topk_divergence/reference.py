@@ -17,6 +17,9 @@ from kdkernels.ops._numerics import laid_out_as
 # The most that probabilities may add up to: more is no rounding, but logits passed as log-probabilities.
 MOST_MASS = 1.1
 
+# The logarithm of a probability that is 0 in double, which the kernels compute in.
+_GONE = math.log(5e-324)
+
 
 def _log_sum(logits: Tensor, dim: int = -1) -> Tensor:
     """Return the log-sum-exp, and -inf with gradient 0 where there is nothing but -inf."""
@@ -45,7 +48,7 @@ def _term(log_w: Tensor, log_v: Tensor) -> Tensor:
     share = torch.where(w_larger, less - below, below * (less + 1) - less)
     value = torch.where(w_larger, log_w.exp(), log_v.exp()) * share
     value = torch.where(log_w == -math.inf, log_v.exp(), value)
-    return torch.where((log_w != -math.inf) & (log_v == -math.inf), math.inf, value)
+    return torch.where((log_w > _GONE) & (log_v == -math.inf), math.inf, value)
 
 
 class _Problem:
@@ -130,7 +133,7 @@ def _value(problem: _Problem, tail: str, reverse: bool) -> Tensor:
     of_teacher, of_student = (problem.log_p, problem.log_p_rest), (problem.log_q, problem.log_rest)
     (log_w, log_w_rest), (log_v, log_v_rest) = (of_student, of_teacher) if reverse else (of_teacher, of_student)
     if tail == "ignore":
-        unbounded = (log_w != -math.inf) & (log_v == -math.inf)
+        unbounded = (log_w > _GONE) & (log_v == -math.inf)
         return torch.where(unbounded, math.inf, log_w.exp() * _log_ratio(log_w, log_v)).sum(-1)
     value = _term(log_w, log_v).sum(-1)
     if tail == "bucket":
