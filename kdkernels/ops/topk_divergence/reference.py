@@ -72,8 +72,9 @@ class _Problem:
         logits = torch.where(counts, input.to(dtype), 0.0)
         absent = logits == -math.inf
         # Everything depends on differences of logits; those from the largest one are small where it matters.
-        known = torch.where(absent | logits.isnan(), -math.inf, logits.detach())
-        largest = torch.where(absent.all(-1, keepdim=True), 0.0, known.amax(-1, keepdim=True))
+        known = torch.where(logits.isfinite(), logits.detach(), -math.inf)
+        largest = known.amax(-1, keepdim=True)
+        largest = torch.where(largest == -math.inf, 0.0, largest)
         self.logits = torch.where(absent, 0.0, torch.where(absent, 0.0, logits) - largest)
         scaled = torch.where(absent, -math.inf, self.logits / self.temperature)
         self.given = counts & (values != -math.inf)
