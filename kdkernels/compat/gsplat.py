@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from kdkernels import functional
+from kdkernels.ops._checks import check_floating
 
 __all__ = ["total_variation_loss"]
 
@@ -25,6 +26,7 @@ def total_variation_loss(x: Tensor) -> Tensor:
         ValueError: The grids have fewer than three or more than five dimensions.
 
     """
+    check_floating("x", x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(f"x must be [N, C, ...] with one to three axes, got shape {tuple(x.shape)}")
     axes: dict[int, Literal[1, 2, 3]] = {3: 1, 4: 2, 5: 3}

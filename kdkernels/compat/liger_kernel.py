@@ -5,12 +5,14 @@ from torch import Tensor
 
 from kdkernels import functional, nn
 from kdkernels.compat._labels import kept
+from kdkernels.ops._checks import check_floating
 from kdkernels.ops._types import Reduction
 
 __all__ = ["LigerJSD", "LigerKLDIVLoss"]
 
 
 def _check_rows(name: str, tensor: Tensor) -> None:
+    check_floating(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; expected [tokens, classes]: pass {name}.flatten(0, -2)"
@@ -39,6 +41,7 @@ class LigerJSD(torch.nn.Module):
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """Return the loss of the student's ``log_q`` and the teacher's ``log_p``, [tokens, classes], fp32."""
         _check_rows("log_q", log_q)
+        check_floating("log_p", log_p)
         mask = kept("shift_labels", shift_labels, log_q.shape[:-1], self.ignore_index)
         if mask is None:
             return functional.js_div(log_q, log_p.detach(), beta=self.beta, reduction="batchmean")
@@ -85,6 +88,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Return the loss of log-probabilities ``y_pred`` and the target ``y_true``, both [tokens, classes]."""
         _check_rows("y_pred", y_pred)
+        check_floating("y_true", y_true)
         if y_pred.shape != y_true.shape:
             raise ValueError(
                 f"y_pred has shape {tuple(y_pred.shape)} and y_true {tuple(y_true.shape)}; expected the same"

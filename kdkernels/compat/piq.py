@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import functional
+from kdkernels.ops._checks import check_floating
 
 __all__ = ["TVLoss", "total_variation"]
 
@@ -30,6 +31,7 @@ def total_variation(
         ValueError: The images do not have four dimensions, or an option is another.
 
     """
+    check_floating("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
     if norm_type not in ("l1", "l2", "l2_squared"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import functional
+from kdkernels.ops._checks import check_scalar
 from kdkernels.ops._types import Reduction
 
 __all__ = ["KDLoss"]
@@ -79,7 +80,8 @@ class KDLoss(torch.nn.Module):
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.reduction == "none":
-            log_q, log_p = ((side / self.temperature).log_softmax(1) for side in (student, teacher))
+            temperature = check_scalar("temperature", self.temperature, student, minimum=0)
+            log_q, log_p = ((side / temperature).log_softmax(1) for side in (student, teacher))
             return functional.kl_div(log_q, log_p, reduction="none", log_target=True)
         loss = functional.kl_div_with_logits(
             student, teacher, temperature=self.temperature, dim=1, reduction=self.reduction

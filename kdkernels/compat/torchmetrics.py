@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from kdkernels import functional
+from kdkernels.ops._checks import check_floating
 
 __all__ = ["total_variation"]
 
@@ -22,6 +23,7 @@ def total_variation(img: Tensor, reduction: Literal["mean", "sum", "none"] | Non
         ValueError: The images do not have four dimensions, or the reduction is another.
 
     """
+    check_floating("img", img)
     if img.dim() != 4:
         raise ValueError(f"img must be [B, C, H, W], got shape {tuple(img.shape)}")
     return functional.total_variation(img, "none" if reduction is None else reduction, axis_reduction="sum")

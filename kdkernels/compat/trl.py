@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kdkernels import functional
 from kdkernels.compat._labels import kept
+from kdkernels.ops._checks import check_floating, check_scalar
 
 __all__ = ["generalized_jsd_loss"]
 
@@ -40,11 +41,14 @@ def generalized_jsd_loss(
     """
     if reduction not in ("batchmean", "sum", "mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; accepted are 'batchmean', 'sum', 'mean', 'none'")
+    for name, side in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        check_floating(name, side)
     if student_logits.dim() == 0:
         raise ValueError("student_logits has no dimensions; expected the classes in the last one")
     mask = kept("labels", labels, student_logits.shape[:-1], -100)
     if reduction == "none":
-        log_q, log_p = ((side / temperature).log_softmax(-1) for side in (student_logits, teacher_logits))
+        number = check_scalar("temperature", temperature, student_logits, minimum=0)
+        log_q, log_p = ((side / number).log_softmax(-1) for side in (student_logits, teacher_logits))
         elements = functional.js_div(log_q, log_p, beta=beta, reduction="none")
         return elements if mask is None else elements[mask]
     over_positions = "mean" if reduction == "batchmean" and mask is not None else reduction
