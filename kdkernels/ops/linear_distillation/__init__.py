@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.ops import _checks, _positions, _registry
+from kdkernels.ops._labels import checked_class_weight, checked_term_weights
 from kdkernels.ops._numerics import compute_dtype
 from kdkernels.ops._types import Reduction
 from kdkernels.ops.linear_distillation import checks, reference
@@ -137,7 +138,7 @@ def linear_distillation_loss(
     indices = checks.checked_indices(target_indices, target, target_type, divergence, tail)
     _checks.check_choice("ignore_index_in", ignore_index_in, ("both", "cross_entropy"))
     labels = checks.checked_labels(labels, input, linear_weight.shape[0])
-    kd_weight, ce_weight = checks.checked_weights(labels, kd_weight, ce_weight)
+    kd_weight, ce_weight = checked_term_weights(labels, kd_weight, ce_weight)
     temperature = _checks.check_scalar("temperature", temperature, input, minimum=0)
     numbers: list[float | Tensor] = [
         temperature,
@@ -155,13 +156,13 @@ def linear_distillation_loss(
     )
     cap = checks.checked_cap("softcap", softcap)
     target_cap = cap if target_softcap is None else checks.checked_cap("target_softcap", target_softcap)
-    class_weight = checks.checked_class_weight(class_weight, input, labels, linear_weight.shape[0])
     layers = [checks.autocast(tensor) for tensor in (input, linear_weight, linear_bias)]
     teacher = [target, target_linear_weight, target_linear_bias]
     if target_linear_weight is not None:
         teacher = [checks.autocast(tensor) for tensor in teacher]
     soft = [labels] if labels is not None and labels.is_floating_point() else []
     dtype = compute_dtype(*(tensor for tensor in (*layers, *teacher, *soft) if tensor is not None))
+    class_weight = checked_class_weight(class_weight, input, labels, linear_weight.shape[0], dtype)
     weight = _positions.checked_position_weight(position_weight, input, input.shape[:-1], dtype)
     is_plain = (
         weight is None
@@ -172,7 +173,6 @@ def linear_distillation_loss(
         and ignore_index_in == "both"
         and not soft
     )
-    class_weight = None if class_weight is None else class_weight.to(dtype)
     scalars = (_checks.scalar_tensor(number, input) for number in numbers)
     options = (scale, cap, target_scale, target_cap, divergence, target_type, tail, reduction, ignore_index)
     more = (ignore_index_in == "both", is_plain, checks.checked_budget(memory_budget, input))

@@ -6,16 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.ops import _autograd
 from kdkernels.ops._checks import (
     check_choice,
-    check_dense,
     check_floating,
     check_integer,
     check_number,
     check_same_device,
     number_of,
 )
+from kdkernels.ops._labels import check_label_type
 
 
 def autocast(tensor: Tensor | None) -> Tensor | None:
@@ -147,15 +146,8 @@ def checked_labels(labels: Tensor | None, input: Tensor, classes: int) -> Tensor
     """Return class indices, one for each position, or the probability of each class, or raise."""
     if labels is None:
         return None
-    soft = isinstance(labels, Tensor) and labels.is_floating_point()
-    if not isinstance(labels, Tensor) or (labels.dtype != torch.int64 and not soft):
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        integers = isinstance(labels, Tensor) and not labels.is_complex()
-        raise TypeError(
-            "labels must be a tensor of class indices, torch.int64, or of the probabilities of the classes, got "
-            f"{got}{'; pass labels.long()' if integers else ''}"
-        )
-    check_dense("labels", labels)
+    check_label_type(labels)
+    soft = labels.is_floating_point()
     check_same_device("input", input, "labels", labels)
     expected = (*input.shape[:-1], classes) if soft else tuple(input.shape[:-1])
     if labels.shape != expected:
@@ -166,37 +158,6 @@ def checked_labels(labels: Tensor | None, input: Tensor, classes: int) -> Tensor
     if soft and labels.requires_grad and torch.is_grad_enabled():
         raise ValueError("labels require grad, but no gradient is computed for them; detach them")
     return labels
-
-
-def checked_class_weight(weight: Tensor | None, input: Tensor, labels: Tensor | None, classes: int) -> Tensor | None:
-    """Return the weight of each class, or raise."""
-    if weight is None:
-        return None
-    check_floating("class_weight", weight)
-    if labels is None:
-        raise ValueError("class_weight applies to the cross-entropy, but there are no labels; pass labels")
-    if weight.shape != (classes,):
-        raise ValueError(f"class_weight has shape {tuple(weight.shape)}; expected one weight per class, ({classes},)")
-    check_same_device("input", input, "class_weight", weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("class_weight requires grad, but no gradient is computed for it; detach it")
-    return _autograd.savable(weight.detach().contiguous())
-
-
-def checked_weights(
-    labels: Tensor | None, kd_weight: float | Tensor | None, ce_weight: float | Tensor | None
-) -> tuple[float | Tensor, float | Tensor]:
-    """Return the weights of the divergence and of the cross-entropy, with the defaults of ``distillation_loss``."""
-    if labels is None:
-        if ce_weight is not None and (number := number_of(ce_weight)) != 0:
-            raise ValueError(f"ce_weight is {number!r}, but there are no labels; pass labels or leave it out")
-        return 1.0 if kd_weight is None else kd_weight, 0.0
-    if kd_weight is None and ce_weight is None:
-        return 0.9, 0.1
-    if kd_weight is None or ce_weight is None:
-        given = "ce_weight" if kd_weight is None else "kd_weight"
-        raise ValueError(f"{given} alone was given; with labels give both kd_weight and ce_weight, or neither")
-    return kd_weight, ce_weight
 
 
 def check_target_head(target_linear_weight: Tensor | None, **options: float | None) -> None:

@@ -11,8 +11,9 @@ from typing import Literal
 from torch import Tensor
 
 from kdkernels.ops import _checks
+from kdkernels.ops._labels import checked_term_weights
 from kdkernels.ops._types import Divergence, Reduction, TargetType
-from kdkernels.ops.softmax_divergence.checks import check_temperature, check_weights
+from kdkernels.ops.softmax_divergence.checks import check_temperature
 from kdkernels.ops.softmax_divergence.compute import Call, divergence_loss
 from kdkernels.ops.softmax_divergence.compute import DivergenceParts as DivergenceParts
 from kdkernels.ops.softmax_divergence.decoupled_losses import (
@@ -268,7 +269,7 @@ def distillation_loss(
         class_weight=class_weight, label_smoothing=label_smoothing, target_type=target_type, ignore_index=ignore_index,
         ignore_index_in=ignore_index_in, return_parts=return_parts,
     )  # fmt: skip
-    kd_weight, ce_weight = check_weights(labels, kd_weight, ce_weight)
+    kd_weight, ce_weight = checked_term_weights(labels, kd_weight, ce_weight)
     temperature = check_temperature(temperature, input)
     beta = _checks.check_scalar("beta", beta, input, minimum=0, maximum=1)
     kd_weight = _checks.check_scalar("kd_weight", kd_weight, input)

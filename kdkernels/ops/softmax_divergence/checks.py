@@ -5,18 +5,17 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, int64
+from torch import Tensor
 
-from kdkernels.ops._autograd import savable
 from kdkernels.ops._checks import (
     check_choice,
-    check_dense,
     check_floating,
     check_same_device,
     check_same_shape,
     check_scalar,
     number_of,
 )
+from kdkernels.ops._labels import check_label_type
 from kdkernels.ops._positions import REDUCTIONS
 
 
@@ -56,15 +55,8 @@ def check_logits(input: Tensor, target: Tensor, labels: Tensor | None, dim: int 
 def _check_labels(labels: Tensor, input: Tensor, dim: int) -> None:
     """Check class indices, one for each position, or the probability of each class."""
     positions = input.shape[:dim] + input.shape[dim + 1 :]
-    soft = isinstance(labels, Tensor) and labels.is_floating_point()
-    if not isinstance(labels, Tensor) or (labels.dtype != int64 and not soft):
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(
-            f"labels must be a tensor of class indices, torch.int64, or of the probabilities of the classes, got {got}"
-            f"{_remedy(labels)}"
-        )
-    check_dense("labels", labels)
-    if soft:
+    check_label_type(labels)
+    if labels.is_floating_point():
         check_floating("labels", labels)
         if labels.shape != input.shape:
             remedy = "; class indices are integers: pass labels.long()" if labels.shape == positions else ""
@@ -124,24 +116,6 @@ def _check_joint_labels(labels: Tensor | None, input: Tensor, dims: Sequence[int
         )
 
 
-def checked_class_weight(
-    weight: Tensor | None, input: Tensor, labels: Tensor | None, dim: int, dtype: torch.dtype
-) -> Tensor | None:
-    """Return the weight of each class as contiguous numbers in the dtype that is computed in, or raise."""
-    if weight is None:
-        return None
-    check_floating("class_weight", weight)
-    if labels is None:
-        raise ValueError("class_weight applies to the cross-entropy, but there are no labels; pass labels")
-    classes = input.shape[dim]
-    if weight.shape != (classes,):
-        raise ValueError(f"class_weight has shape {tuple(weight.shape)}; expected one weight per class, ({classes},)")
-    check_same_device("input", input, "class_weight", weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("class_weight requires grad, but no gradient is computed for it; detach it")
-    return savable(weight.detach().to(dtype).contiguous())
-
-
 def checked_smoothing(smoothing: float | Tensor, input: Tensor, labels: Tensor | None) -> float | Tensor:
     """Return the share of the uniform distribution in the labels, or raise."""
     smoothing = check_scalar("label_smoothing", smoothing, input, minimum=0, maximum=1)
@@ -154,11 +128,6 @@ def _integer(dim: object) -> int:
     if not hasattr(dim, "__index__"):
         raise TypeError(f"dim must be an integer, a tuple of integers or None, got {dim!r}")
     return operator.index(dim)
-
-
-def _remedy(labels: object) -> str:
-    integers = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
-    return "; pass labels.long()" if integers else ""
 
 
 def _warn_of_one_class(input: Tensor, target: Tensor, dim: int) -> None:
@@ -187,19 +156,3 @@ def check_temperature(temperature: float | Tensor, input: Tensor) -> float | Ten
             'losses of reduction="none"'
         )
     return check_scalar("temperature", temperature, input, minimum=0, grad=True)
-
-
-def check_weights(
-    labels: Tensor | None, kd_weight: float | Tensor | None, ce_weight: float | Tensor | None
-) -> tuple[float | Tensor, float | Tensor]:
-    """Return the weights of the divergence and of the cross-entropy, with their defaults."""
-    if labels is None:
-        if ce_weight is not None and (number := number_of(ce_weight)) != 0:
-            raise ValueError(f"ce_weight is {number!r}, but there are no labels; pass labels or leave it out")
-        return 1.0 if kd_weight is None else kd_weight, 0.0
-    if kd_weight is None and ce_weight is None:
-        return 0.9, 0.1
-    if kd_weight is None or ce_weight is None:
-        given = "ce_weight" if kd_weight is None else "kd_weight"
-        raise ValueError(f"{given} alone was given; with labels give both kd_weight and ce_weight, or neither")
-    return kd_weight, ce_weight

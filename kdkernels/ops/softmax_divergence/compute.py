@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.ops import _checks, _positions, _registry
+from kdkernels.ops._labels import checked_class_weight
 from kdkernels.ops._numerics import compute_dtype, root
 from kdkernels.ops.softmax_divergence import checks, loss_reference, reference
 from kdkernels.ops.softmax_divergence.autograd import FORWARD
@@ -87,7 +88,7 @@ class Call:
         dtype = compute_dtype(input, target)
         self.input, self.target, self.labels = input, target, labels
         self.position_weight = _positions.checked_position_weight(position_weight, input, positions, dtype)
-        self.class_weight = checks.checked_class_weight(class_weight, input, labels, self.dim, dtype)
+        self.class_weight = checked_class_weight(class_weight, input, labels, input.shape[self.dim], dtype)
         self.label_smoothing = checks.checked_smoothing(label_smoothing, input, labels)
         self.target_type, self.reduction, self.return_parts = target_type, reduction, return_parts
         self.ignore_index, self.ignored_by_divergence = ignore_index, ignore_index_in == "both"
