@@ -71,7 +71,8 @@ inline void count_divergence(const Logits& logits, Storage storage, const std::s
 }
 
 // The loss with options, and the gradient of the student
-inline void count_loss(const Logits& logits, const std::string& what, LossArguments options) {
+inline void count_loss(const Logits& logits, const std::string& what, LossArguments options,
+                       const std::string& divergence = "forward_kl") {
   Numbers input(Storage::float32, logits.count(), 1), target(Storage::float32, logits.count(), 2);
   Numbers input_gradient(Storage::float32, logits.count());
   const size_t positions = size_t(logits.outer * logits.inner);
@@ -82,8 +83,9 @@ inline void count_loss(const Logits& logits, const std::string& what, LossArgume
 
   SoftmaxArguments<double> arguments;
   arguments.temperature = 2;
+  arguments.beta = 0.5;
   arguments.divergence_weight = 1;
-  arguments.choose_divergence("forward_kl", 0.5);
+  if (!arguments.choose_other(divergence, 0.5)) arguments.choose_divergence(divergence, 0.5);
   arguments.labels = labels.data();
   arguments.ignored_label = -100;
   arguments.label_weight = 0.5;
@@ -100,6 +102,10 @@ inline void count_loss(const Logits& logits, const std::string& what, LossArgume
   };
   run_case("softmax_loss: " + what + ", " + logits.name, logits.count(), run,
            [&] { return loss + input_gradient.magnitude(); });
+  const float grad_output = 0.5f;
+  call.grad_output = &grad_output;
+  run_case("softmax_loss_backward: " + what + ", " + logits.name, logits.count(), run,
+           [&] { return input_gradient.magnitude(); });
 }
 
 inline void run_cases() {
@@ -120,6 +126,9 @@ inline void run_cases() {
     count_loss(logits, "weights", {});
     count_loss(logits, "smoothed labels", smoothed);
     count_loss(logits, "log-probabilities", log_probs);
+  }
+  for (const char* divergence : {"decoupled", "normalized", "soft_cross_entropy", "skew_kl", "entropy"}) {
+    count_loss(rows, divergence, {}, divergence);
   }
   count_divergence(rows, Storage::float32, "reverse_kl", false);
   count_divergence(few, Storage::float32, "clamped_js", false);
