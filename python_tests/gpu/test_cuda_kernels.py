@@ -69,6 +69,11 @@ def core_count(op):
     return sum(1 for grid in grids for _ in grid)
 
 
+def of_cpu_kernels_alone(file):
+    """Tell whether a file tests ops that have kernels on the CPU alone, in which no CUDA kernel would run."""
+    return re.search(r"\bOnTheCPU\b|\bcpu_backend\b|^pytestmark = of_cpu$", file.read_text(), re.MULTILINE) is not None
+
+
 def runs():
     """Yield the runs over every op with CUDA kernels; the first run of each build compiles it."""
     ops = [op for op in registry() if (ROOT / "csrc" / op / "cuda.cpp").is_file()]
@@ -76,7 +81,8 @@ def runs():
     for op in ops:
         yield Run("plain", tests / f"test_{op}.py", CONTRACT, 3 * count(op))
         for file in sorted(tests.glob(f"test_{op}_*.py")):
-            yield Run("plain", file, BESIDE_THE_CONTRACT, 1)
+            if not of_cpu_kernels_alone(file):
+                yield Run("plain", file, BESIDE_THE_CONTRACT, 1)
         for file in tests.glob(f"emulated_{op}.py"):
             yield Run("plain", file, "", 1)
             yield Run("undefined", file, "", 1)

@@ -58,7 +58,7 @@ def bound(function, a=0.7, b=2.5):
 @each
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("classes", [2, 3, 11, 70])
-def test_value_and_gradients_are_those_of_the_formula(backend, function, temperature, classes):
+def test_value_and_gradients_are_those_of_the_formula(cpu_backend, function, temperature, classes):
     s, t, labels = draw(6, classes), draw(6, classes), torch.randint(classes, (6,))
     tau = torch.tensor(temperature, dtype=F64, requires_grad=True)
     weight = torch.rand(6, dtype=F64)
@@ -82,7 +82,7 @@ def test_second_derivatives(function):
     assert torch.autograd.gradgradcheck(lambda s, t, tau: bound(function)(s, t, labels, temperature=tau), inputs)
 
 
-def test_decoupled_loss_of_three_classes(backend):
+def test_decoupled_loss_of_three_classes(cpu_backend):
     """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4), label 0, at T = 2: alpha 4 TCKD + beta 4 NCKD."""
     t, s = (2 * torch.tensor(x, dtype=F64).log() for x in ([[0.5, 0.25, 0.25]], [[0.25, 0.5, 0.25]]))
     target = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
@@ -97,7 +97,7 @@ def test_decoupled_loss_of_three_classes(backend):
     torch.testing.assert_close(s.grad, torch.tensor([expected], dtype=F64))
 
 
-def test_normalized_loss_of_three_classes(backend):
+def test_normalized_loss_of_three_classes(cpu_backend):
     """The same distributions at T = 1: -p_y ln q_y - gamma (ln(2/3) + ln(1/3)) / 2."""
     t, s = (torch.tensor(x, dtype=F64).log() for x in ([[0.5, 0.25, 0.25]], [[0.25, 0.5, 0.25]]))
     s.requires_grad_()
@@ -108,7 +108,7 @@ def test_normalized_loss_of_three_classes(backend):
     torch.testing.assert_close(s.grad, torch.tensor([expected], dtype=F64))
 
 
-def test_the_parts_of_the_divergence_add_up(backend):
+def test_the_parts_of_the_divergence_add_up(cpu_backend):
     """KL(p || q) = TCKD + (1 - p_y) NCKD."""
     s, t, labels = draw(5, 8, grad=False), draw(5, 8, grad=False), torch.randint(8, (5,))
     parts = decoupled_distillation_loss(s, t, labels, temperature=2.0, reduction="none", return_parts=True)
@@ -139,7 +139,7 @@ def test_defaults_are_the_published_ones():
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("classes", [2, 3, 40])
-def test_equal_rows_give_zero(backend, dtype, scale, classes):
+def test_equal_rows_give_zero(cpu_backend, dtype, scale, classes):
     s = (torch.randn(6, classes) * scale).to(dtype).requires_grad_()
     t = s.detach().clone().requires_grad_()
     loss = decoupled_distillation_loss(s, t, torch.randint(classes, (6,)), reduction="none")
@@ -149,7 +149,7 @@ def test_equal_rows_give_zero(backend, dtype, scale, classes):
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
-def test_never_negative(backend, scale):
+def test_never_negative(cpu_backend, scale):
     s, labels = torch.randn(64, 30) * scale, torch.randint(30, (64,))
     for close in (s + torch.randn(64, 30) * 1e-3, s + torch.randn(64, 30) * scale):
         value = decoupled_distillation_loss(s, close, labels, beta=1.0, temperature=1.0, reduction="none")
@@ -159,7 +159,7 @@ def test_never_negative(backend, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("margin", [40.0, 800.0, 1e4])
-def test_sides_that_are_sure_of_the_label(backend, dtype, margin):
+def test_sides_that_are_sure_of_the_label(cpu_backend, dtype, margin):
     """1 - q_y is far below the precision of q_y: logarithms of sums of rounded probabilities would be infinite.
 
     With others at 0 and label logits m + 1 and m at T = 1, the log-odds are a = ln 2 - m - 1 and b = ln 2 - m, and
@@ -180,7 +180,7 @@ def test_sides_that_are_sure_of_the_label(backend, dtype, margin):
     assert alone.item() == pytest.approx(expected, rel=1e-5, abs=1e-30)
 
 
-def test_wrong_and_sure_of_it(backend):
+def test_wrong_and_sure_of_it(cpu_backend):
     """The label is far below: TCKD is about p_y times the margin."""
     s, t = torch.tensor([[-1000.0, 0.0, 0.0]], dtype=F64, requires_grad=True), torch.zeros(1, 3, dtype=F64)
     loss = decoupled_distillation_loss(s, t, torch.tensor([0]), temperature=1.0)
@@ -193,7 +193,7 @@ def test_wrong_and_sure_of_it(backend):
 
 
 @each
-def test_masked_classes_add_nothing(backend, function):
+def test_masked_classes_add_nothing(cpu_backend, function):
     keep, labels = [0, 2, 3, 5, 8], torch.tensor([4, 0, 2, 1])
     small = draw(4, 5), draw(4, 5)
     large = [
@@ -209,7 +209,7 @@ def test_masked_classes_add_nothing(backend, function):
 
 
 @each
-def test_infinite_logits(backend, function):
+def test_infinite_logits(cpu_backend, function):
     """A class that only the student excludes: +inf, with a finite gradient of the student and none of the teacher."""
     loss = partial(bound(function), temperature=1.0, reduction="none")
     none = -math.inf
@@ -242,7 +242,7 @@ def test_infinite_logits(backend, function):
 
 @each
 @pytest.mark.parametrize("value", [-math.inf, math.nan])
-def test_rows_without_a_finite_logit_give_nan(backend, function, value):
+def test_rows_without_a_finite_logit_give_nan(cpu_backend, function, value):
     good, bad = draw(2, 40, grad=False), draw(2, 40, grad=False)
     bad[1] = value
     for s, t in ((bad, good), (good, bad)):
@@ -254,7 +254,7 @@ def test_rows_without_a_finite_logit_give_nan(backend, function, value):
 
 @each
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_labels_and_weights_leave_positions_out(backend, function, reduction):
+def test_labels_and_weights_leave_positions_out(cpu_backend, function, reduction):
     s, t = draw(2, 5, 3), draw(2, 5, 3)
     labels = torch.tensor([[0, -1, 4], [2, 3, -1]])
     weight = torch.tensor([[0.5, 1.0, 0.0], [2.0, 1.0, 1.0]])
@@ -278,13 +278,13 @@ def test_labels_and_weights_leave_positions_out(backend, function, reduction):
 
 
 @each
-def test_joint_dimensions(backend, function):
+def test_joint_dimensions(cpu_backend, function):
     s, t, labels = draw(2, 3, 4, 5, grad=False), draw(2, 3, 4, 5, grad=False), torch.randint(20, (2, 3))
     found = function(s, t, labels, dim=(2, 3))
     torch.testing.assert_close(found, function(s.flatten(2), t.flatten(2), labels, dim=-1))
 
 
-def test_standardized_logits(backend):
+def test_standardized_logits(cpu_backend):
     """All of the decoupled loss has standardized logits, of the normalized one the term of the others."""
     s, t, labels = draw(4, 6), draw(4, 6), torch.tensor([0, 5, 2, 2])
     plain = [(x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7) for x in (s, t)]
@@ -297,7 +297,7 @@ def test_standardized_logits(backend):
 
 @each
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_no_rows(backend, function, reduction):
+def test_no_rows(cpu_backend, function, reduction):
     s = torch.randn(0, 5, requires_grad=True)
     loss = function(s, torch.randn(0, 5), torch.zeros(0, dtype=torch.int64), reduction=reduction)
     assert loss.shape == ((0,) if reduction == "none" else ())
@@ -311,7 +311,7 @@ def test_no_rows(backend, function, reduction):
 
 @each
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_are_computed_in_32(backend, function, dtype):
+def test_16_bits_are_computed_in_32(cpu_backend, function, dtype):
     s, t, labels = torch.randn(8, 40).to(dtype), torch.randn(8, 40).to(dtype), torch.randint(40, (8,))
     loss = function(s, t, labels)
     assert loss.dtype == torch.float32

@@ -8,9 +8,10 @@ from kdkernels.functional import distillation_loss
 from kdkernels.ops.softmax_divergence import other_cases
 from kdkernels.testing.comparison import peak_bytes
 
+pytestmark = of_cpu
+
 
 @of_kernels
-@of_cpu
 @pytest.mark.parametrize(
     "options", [{}, {"mask": True}, {"label_smoothing": 0.1}, {"target_type": "log_probs"}], ids=str
 )
@@ -30,7 +31,6 @@ def test_shifted_slices_need_no_copy(options):
     assert peak_bytes(step) <= 2.05 * whole.numel() * 4
 
 
-@of_cpu
 @of_kernels
 @pytest.mark.parametrize("name", other_cases.FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -27,21 +27,21 @@ slow = pytest.mark.slow
         pytest.param("soft_cross_entropy", marks=slow),
     ],
 )  # fmt: skip
-def test_opcheck(backend, kind):
+def test_opcheck(cpu_backend, kind):
     s, t = torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 5, 3).transpose(1, 2)
     labels = torch.randint(5, (4, 3)) if kind in ("decoupled", "normalized") else None
     numbers = (torch.tensor(value, dtype=F64) for value in (2.0, 1.0, 0.5, 0.3, 0.0))
     options = (2, kind, "logits", "mean", -100, True)
     arguments = (s, t, labels, torch.rand(4, 3), None, *numbers, *options)
-    torch.library.opcheck(getattr(torch.ops.kdkernels.softmax_loss, backend), (*arguments, True, "gradient"))
-    backward = getattr(torch.ops.kdkernels.softmax_loss_backward, backend)
+    torch.library.opcheck(getattr(torch.ops.kdkernels.softmax_loss, cpu_backend), (*arguments, True, "gradient"))
+    backward = getattr(torch.ops.kdkernels.softmax_loss_backward, cpu_backend)
     torch.library.opcheck(backward, (torch.ones((), requires_grad=True), *arguments, True, False))
 
 
 @every_formula
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_no_rows(backend, name, shape, reduction):
+def test_no_rows(cpu_backend, name, shape, reduction):
     ours, _ = FORMULAS[name]
     s = torch.randn(shape, requires_grad=True)
     loss = ours(s, torch.randn(shape), dim=-1, reduction=reduction)
@@ -51,7 +51,7 @@ def test_no_rows(backend, name, shape, reduction):
     assert s.grad.shape == shape
 
 
-def test_one_class(backend):
+def test_one_class(cpu_backend):
     s, t = torch.randn(3, 1), torch.randn(3, 1)
     for function in (*PAIRED, lambda s, _: entropy_with_logits(s)):
         assert function(s, t).item() == 0
@@ -61,7 +61,7 @@ def test_one_class(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_are_computed_in_32(backend, dtype):
+def test_16_bits_are_computed_in_32(cpu_backend, dtype):
     s, t = torch.randn(8, 40).to(dtype), torch.randn(8, 40).to(dtype)
     for function in (*PAIRED, lambda s, _: entropy_with_logits(s)):
         loss = function(s, t)
@@ -113,11 +113,11 @@ def test_wrong_calls(function):
 
 
 @pytest.mark.parametrize("kind", ["skew_kl", "reverse_skew_kl"])
-def test_a_share_that_only_the_op_can_read(backend, kind):
+def test_a_share_that_only_the_op_can_read(cpu_backend, kind):
     """As in a compiled call with a tensor."""
     s, t, one = torch.randn(3, 5), torch.randn(3, 5), torch.ones(())
     numbers = (one, one, one, torch.tensor(1.5), torch.zeros(()))
-    op = getattr(torch.ops.kdkernels.softmax_loss, backend)
+    op = getattr(torch.ops.kdkernels.softmax_loss, cpu_backend)
     with pytest.raises((ValueError, RuntimeError), match=r"alpha must be in \[0, 1\], got 1.5"):
         op(s, t, None, None, None, *numbers, 1, kind, "logits", "mean", -100, True, False, "nothing")
 

@@ -47,7 +47,7 @@ every_formula = pytest.mark.parametrize("name", FORMULAS)
 
 @every_formula
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_value_and_gradients_are_those_of_the_formula(backend, name, temperature):
+def test_value_and_gradients_are_those_of_the_formula(cpu_backend, name, temperature):
     ours, formula = FORMULAS[name]
     s, t, tau = draw(7, 11), draw(7, 11), torch.tensor(temperature, dtype=F64, requires_grad=True)
     weight = torch.rand(7, dtype=F64)
@@ -63,7 +63,7 @@ def test_value_and_gradients_are_those_of_the_formula(backend, name, temperature
 
 @pytest.mark.parametrize("name", [name for name in FORMULAS if name != "entropy"])
 @pytest.mark.parametrize("target_type", ["log_probs", "probs"])
-def test_teachers_given_by_probabilities(backend, name, target_type):
+def test_teachers_given_by_probabilities(cpu_backend, name, target_type):
     """The temperature divides the student alone, and the gradient reaches the logits behind the probabilities."""
     ours, formula = FORMULAS[name]
     s, t = draw(5, 6), draw(5, 6)
@@ -102,7 +102,7 @@ def test_derivatives_by_probabilities(target_type):
 ZERO, LN3 = torch.zeros(2, dtype=F64), torch.tensor([math.log(3), 0.0], dtype=F64)
 
 
-def test_soft_cross_entropy_of_two_classes(backend):
+def test_soft_cross_entropy_of_two_classes(cpu_backend):
     s = ZERO.clone().requires_grad_()
     loss = soft_cross_entropy(s, LN3)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
@@ -112,7 +112,7 @@ def test_soft_cross_entropy_of_two_classes(backend):
     assert soft_cross_entropy(LN3, ZERO).item() == pytest.approx(expected, abs=1e-15)
 
 
-def test_soft_cross_entropy_takes_probabilities_as_given(backend):
+def test_soft_cross_entropy_takes_probabilities_as_given(cpu_backend):
     """With p = (2, 1): -(2 ln q_1 + ln q_2), with the derivative 3 q - p."""
     s, p = ZERO.clone().requires_grad_(), torch.tensor([2.0, 1.0], dtype=F64, requires_grad=True)
     loss = soft_cross_entropy(s, p, target_type="probs")
@@ -126,7 +126,7 @@ def test_soft_cross_entropy_takes_probabilities_as_given(backend):
     torch.testing.assert_close(ours, F.cross_entropy(logits, labels))
 
 
-def test_a_one_hot_target_has_the_gradient_of_a_label(backend):
+def test_a_one_hot_target_has_the_gradient_of_a_label(cpu_backend):
     """The derivative by p = 0 is -ln q as well, since the loss is linear in p."""
     s, p = draw(3, 4, grad=False), torch.eye(4, dtype=F64)[:3].requires_grad_()
     loss = soft_cross_entropy(s, p, target_type="probs", reduction="sum")
@@ -134,7 +134,7 @@ def test_a_one_hot_target_has_the_gradient_of_a_label(backend):
     torch.testing.assert_close(torch.autograd.grad(loss, p)[0], -s.log_softmax(1))
 
 
-def test_skew_kl_of_two_classes(backend):
+def test_skew_kl_of_two_classes(cpu_backend):
     """At alpha = 1/2 the mixture is (5/8, 3/8)."""
     expected = 0.75 * math.log(0.75 / 0.625) + 0.25 * math.log(0.25 / 0.375)
     assert skew_kl_div_with_logits(ZERO, LN3, alpha=0.5).item() == pytest.approx(expected, abs=1e-15)
@@ -144,7 +144,7 @@ def test_skew_kl_of_two_classes(backend):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_rounded_probabilities_are_normalized(backend, alpha, reverse):
+def test_rounded_probabilities_are_normalized(cpu_backend, alpha, reverse):
     s, p = draw(4, 5), draw(4, 5, grad=False).softmax(1)
     function = partial(skew_kl_div_with_logits, alpha=alpha, reverse=reverse, target_type="probs", reduction="none")
     torch.testing.assert_close(function(s, 1.0005 * p), function(s, p), rtol=1e-12, atol=1e-14)
@@ -154,7 +154,7 @@ def test_rounded_probabilities_are_normalized(backend, alpha, reverse):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", [float, torch.tensor])
-def test_ends_of_the_skew(backend, reverse, form):
+def test_ends_of_the_skew(cpu_backend, reverse, form):
     """alpha = 0 is the divergence itself, with its gradients; alpha = 1 compares a distribution with itself."""
     s, t = draw(4, 5), draw(4, 5)
     plain = kl_div_with_logits(s, t, reverse=reverse)
@@ -167,7 +167,7 @@ def test_ends_of_the_skew(backend, reverse, form):
     assert all(torch.equal(g, torch.zeros(4, 5, dtype=F64)) for g in torch.autograd.grad(none, (s, t)))
 
 
-def test_total_variation_of_two_classes(backend):
+def test_total_variation_of_two_classes(cpu_backend):
     """(|3/4 - 1/2| + |1/4 - 1/2|) / 2 = 1/4; it grows with q_2 = 1/2, whose derivative by the logits is 1/4."""
     s = ZERO.clone().requires_grad_()
     loss = total_variation_distance_with_logits(s, LN3)
@@ -178,7 +178,7 @@ def test_total_variation_of_two_classes(backend):
     assert total_variation_distance_with_logits(opposite, opposite.flip(0)).item() == 1
 
 
-def test_entropy_of_two_classes(backend):
+def test_entropy_of_two_classes(cpu_backend):
     s = LN3.clone().requires_grad_()
     entropy = entropy_with_logits(s)
     expected = 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
@@ -195,7 +195,7 @@ def test_entropy_of_two_classes(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("classes", [2, 3, 40])
-def test_equal_rows_give_zero(backend, dtype, scale, classes):
+def test_equal_rows_give_zero(cpu_backend, dtype, scale, classes):
     s = (torch.randn(6, classes) * scale).to(dtype)
     for alpha in (0.0, 0.1, 0.9, 1.0):
         for reverse in (False, True):
@@ -212,7 +212,7 @@ def _is_zero(function, logits):
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
-def test_never_negative(backend, scale):
+def test_never_negative(cpu_backend, scale):
     s = torch.randn(64, 30) * scale
     for close in (s + torch.randn(64, 30) * 1e-3, s + torch.randn(64, 30) * scale):
         for alpha in (0.01, 0.5):
@@ -226,7 +226,7 @@ def test_never_negative(backend, scale):
 
 
 @every_formula
-def test_masked_classes_add_nothing(backend, name):
+def test_masked_classes_add_nothing(cpu_backend, name):
     """-inf on both sides gives the same result as leaving out the class."""
     ours, _ = FORMULAS[name]
     keep = [0, 2, 3, 5, 8]
@@ -246,7 +246,7 @@ def test_masked_classes_add_nothing(backend, name):
         assert torch.equal(a.grad[:, [1, 4, 6, 7]], torch.zeros(4, 4, dtype=F64))
 
 
-def test_class_that_one_side_excludes(backend):
+def test_class_that_one_side_excludes(cpu_backend):
     """With q = (1, 0) and p = (3/4, 1/4), and the other way round."""
     sure = torch.tensor([0.0, -math.inf], dtype=F64)
     for reverse in (False, True):
@@ -274,7 +274,7 @@ def test_class_that_one_side_excludes(backend):
 
 @every_formula
 @pytest.mark.parametrize("value", [-math.inf, math.nan])
-def test_rows_without_a_finite_logit_give_nan(backend, name, value):
+def test_rows_without_a_finite_logit_give_nan(cpu_backend, name, value):
     ours, _ = FORMULAS[name]
     good, bad = draw(2, 40, grad=False), draw(2, 40, grad=False)
     bad[1] = value
@@ -283,7 +283,7 @@ def test_rows_without_a_finite_logit_give_nan(backend, name, value):
         assert loss.isnan().tolist() == [False, name != "entropy" or s is bad]
 
 
-def test_equal_logits_have_no_gradient_of_the_entropy(backend):
+def test_equal_logits_have_no_gradient_of_the_entropy(cpu_backend):
     s = torch.full((3, 7), 0.3, requires_grad=True)
     entropy = entropy_with_logits(s, reduction="sum")
     entropy.backward()
@@ -293,7 +293,7 @@ def test_equal_logits_have_no_gradient_of_the_entropy(backend):
 
 @every_formula
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_position_weights(backend, name, reduction):
+def test_position_weights(cpu_backend, name, reduction):
     """A position of weight 0 counts for nothing, NaN logits included; "mean" divides by the sum of the weights."""
     ours, formula = FORMULAS[name]
     s, t = draw(2, 3, 5), draw(2, 3, 5)
@@ -312,7 +312,7 @@ def test_position_weights(backend, name, reduction):
 
 
 @every_formula
-def test_joint_dimensions(backend, name):
+def test_joint_dimensions(cpu_backend, name):
     ours, _ = FORMULAS[name]
     s, t = draw(2, 3, 4, 5, grad=False), draw(2, 3, 4, 5, grad=False)
     flat = [x.flatten(2) for x in (s, t)]
@@ -322,7 +322,7 @@ def test_joint_dimensions(backend, name):
     )
 
 
-def test_standardized_logits(backend):
+def test_standardized_logits(cpu_backend):
     """Mean 0 and unbiased standard deviation 1 on each side, before the temperature divides."""
     s, t = draw(4, 6), draw(4, 6)
     for function in PAIRED:
@@ -333,7 +333,7 @@ def test_standardized_logits(backend):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_parts(backend):
+def test_parts(cpu_backend):
     s, t = draw(4, 6, grad=False), draw(4, 6, grad=False)
     for function in PAIRED:
         parts = function(s, t, temperature=2.0, return_parts=True)
