@@ -45,7 +45,7 @@ demo: $(VENV)/.build
 	$(BIN)/python -m kdkernels demo
 
 test: $(VENV)/.build
-	@echo "== running the core tests on every core: about three minutes on two"
+	@echo "== running the core tests on every core: about six minutes on two"
 	$(BIN)/python -m pytest -q -m "not slow" $(ON_EVERY_CORE)
 
 # One process for what uses every core itself.

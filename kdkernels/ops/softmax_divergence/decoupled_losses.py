@@ -81,7 +81,7 @@ def decoupled_distillation_loss(
         target: Teacher logits of the same shape and device; their dtype may differ.
         labels: Class indices, int64, in the shape of ``input`` without the class dimension.
         alpha: Weight of the target class, a number or a 0-dim tensor without gradient.
-        beta: Weight of the other classes, likewise.
+        beta: Weight of the divergence among the other classes; see ``alpha``.
         temperature: T > 0, as in :func:`kl_div_with_logits`; its gradient includes that of the factor T^2.
         dim: Class dimension, or a tuple of them, as in :func:`kl_div_with_logits`; labels then count in the flattened
             classes.
