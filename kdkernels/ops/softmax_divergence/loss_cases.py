@@ -161,7 +161,7 @@ def _weighted_kl_div(input: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 def _masked_js_div_of_softmax(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Take probabilities that sum to 1 whatever the differences of a numerical derivative add to the logits."""
+    """Take probabilities that still sum to 1 when a numerical derivative changes the logits."""
     return js_div_with_logits(input, target.softmax(1), target_type="probs", position_weight=mask)
 
 
